@@ -1,0 +1,21 @@
+"""The one kind of error that is the user's to mend; its text names the value and the mend."""
+
+
+class DeptError(Exception):
+    """Bad input: config, data, tokenizer, message or checkpoint."""
+
+
+class ConfigError(DeptError):
+    """One or more problems in a recipe, all of them listed.
+
+    Attributes:
+        problems: one line for each, with the value and the way to mend it.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(["bad configuration:", *(f"  - {p}" for p in problems)]))
+
+
+class BadUpdate(DeptError):
+    """A silo's reply that must not be merged."""

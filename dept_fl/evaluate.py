@@ -1,0 +1,114 @@
+"""How well a model predicts text: bits per byte, perplexity, and a sample of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dept_fl.config import InnerConfig
+from dept_fl.data import TokenStream
+from dept_fl.tokenizer import Tokenizer
+from dept_fl.train import autocast, next_token_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a silo's validation split.
+
+    Attributes:
+        loss: mean cross-entropy in nats per token, document ends included.
+        bits_per_byte: total bits over the UTF-8 bytes of the text: comparable across
+            tokenizers, which perplexity is not.
+        unigram_bits_per_byte: the same of the training split's unigram distribution, the
+            floor that needs no context (paper: UNIGRAM-CE).
+        activation_norm: mean L2 norm of the last hidden state over positions of one batch.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    unigram_bits_per_byte: float
+    unigram_perplexity: float
+    tokens: int
+    activation_norm: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, stream: TokenStream, sequence_tokens: int, inner: InnerConfig
+) -> Evaluation:
+    """Every validation token is predicted once, in windows that do not overlap."""
+    device = next(model.parameters()).device
+    local = torch.from_numpy(stream.vocabulary.local_ids()[stream.validation])
+    windows = _windows(local, sequence_tokens)
+    model.eval()
+    nats = 0.0
+    with autocast(inner.precision, device):
+        for batch in windows:
+            for part in batch.split(inner.sequences_per_pass):
+                nats += float(next_token_loss(model, part.to(device), reduction="sum"))
+        norm = _activation_norm(model, windows[0][: inner.sequences_per_pass].to(device))
+    tokens = len(local) - 1
+    unigram = stream.unigram_nats()
+    return Evaluation(
+        loss=nats / tokens,
+        perplexity=_exp(nats / tokens),
+        bits_per_byte=bits_per_byte(nats, stream.validation_bytes),
+        unigram_bits_per_byte=bits_per_byte(unigram * tokens, stream.validation_bytes),
+        unigram_perplexity=_exp(unigram),
+        tokens=tokens,
+        activation_norm=norm,
+    )
+
+
+def bits_per_byte(nats: float, utf8_bytes: int) -> float:
+    return nats / math.log(2) / utf8_bytes
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # a diverged model has a finite figure too
+
+
+def _windows(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """[n] tokens as batches of [B, length + 1] windows and one shorter, each sharing one
+    token with the next, so that all tokens but the first are predicted once."""
+    whole = (len(tokens) - 1) // length
+    batches = []
+    if whole:
+        batches.append(tokens[: whole * length + 1].unfold(0, length + 1, length))
+    rest = tokens[whole * length :]
+    if len(rest) > 1:
+        batches.append(rest.unsqueeze(0))
+    return batches
+
+
+def _activation_norm(model: PreTrainedModel, sequences: torch.Tensor) -> float:
+    last = model(input_ids=sequences[:, :-1], output_hidden_states=True).hidden_states[-1]
+    return float(last.float().norm(dim=-1).mean())
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel, stream: TokenStream, tokenizer: Tokenizer, length: int, seed: int
+) -> str:
+    """Text that the model writes behind a document's end, decoded with the silo's tokenizer."""
+    device = next(model.parameters()).device
+    local = stream.vocabulary.local_ids()
+    start = torch.tensor([[local[tokenizer.end_id]]], device=device)
+    model.eval()
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        ids = _draw(model, start, length)
+    return tokenizer.decode([int(stream.vocabulary.ids[i]) for i in ids[0, 1:].tolist()])
+
+
+def _draw(model: nn.Module, ids: torch.Tensor, length: int, temperature: float = 0.8) -> torch.Tensor:
+    for _ in range(length):
+        logits = model(input_ids=ids).logits[:, -1].float() / temperature
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+    return ids

@@ -1,0 +1,188 @@
+"""Any transformers causal LM, and which of its parameters are body, tokens and positions.
+
+The only room that knows parameter names, and it learns them: two empty models that differ in
+vocabulary tell which parameters belong to tokens, two that differ in length tell positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dept_fl.checkpoint import Tensors
+from dept_fl.config import ModelConfig
+from dept_fl.errors import ConfigError
+
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_PROBE_VOCABULARY = 307  # any size; a body tensor of this size on any axis does not matter
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a model by parameter name; tied parameters count once.
+
+    Attributes:
+        body: theta, every block and the final norm, with shapes.
+        tokens: phi, [V, ...] parameters: input embeddings, an untied head, its bias; with
+            their shapes behind the first axis.
+        positions: psi, learned positions and any other embedding table, with shapes.
+    """
+
+    body: dict[str, tuple[int, ...]]
+    tokens: dict[str, tuple[int, ...]]
+    positions: dict[str, tuple[int, ...]]
+
+    def embeddings(self, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of phi and psi for a vocabulary of this size."""
+        rows = {name: (vocabulary, *rest) for name, rest in self.tokens.items()}
+        return {**rows, **self.positions}
+
+    def split(self, parameters: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
+        """Body and embeddings of a model's parameters; `join` is the inverse."""
+        body = {name: parameters[name] for name in self.body}
+        embeddings = {name: parameters[name] for name in (*self.tokens, *self.positions)}
+        return body, embeddings
+
+    def body_parameters(self) -> int:
+        return _count(self.body)
+
+    def embedding_parameters(self, vocabulary: int) -> int:
+        return _count(self.embeddings(vocabulary))
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def join(model: nn.Module, body: Mapping[str, torch.Tensor], embeddings: Tensors) -> None:
+    """Copy body and embeddings into a model, every parameter exactly once."""
+    given = {**body, **embeddings}
+    own = dict(model.named_parameters())
+    if given.keys() != own.keys():
+        raise ValueError(f"parameters differ: {sorted(given.keys() ^ own.keys())}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != given[name].shape:
+                raise ValueError(f"{name}: {tuple(given[name].shape)} for {tuple(parameter.shape)}")
+            parameter.copy_(given[name])
+
+
+def parameters(model: nn.Module) -> Tensors:
+    """The model's parameters, detached, sharing its memory."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def layout(model: ModelConfig, sequence_tokens: int) -> Layout:
+    """Find out which parameters are body, tokens and positions.
+
+    Raises:
+        ConfigError: transformers does not know the model, or its vocabulary is not the first
+            axis of a parameter that depends on it.
+    """
+    base = _probe(model, _PROBE_VOCABULARY, sequence_tokens)
+    wider = _shapes(_probe(model, _PROBE_VOCABULARY + 1, sequence_tokens))
+    longer = _shapes(_probe(model, _PROBE_VOCABULARY, 2 * sequence_tokens))
+    tables = {
+        f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Embedding)
+    }
+    found = Layout(body={}, tokens={}, positions={})
+    for name, shape in _shapes(base).items():
+        if wider[name] != shape:
+            if wider[name] != (shape[0] + 1, *shape[1:]):
+                raise ConfigError([f"model: {name} {shape} has its vocabulary on another axis"])
+            found.tokens[name] = shape[1:]
+        elif longer[name] != shape or name in tables:
+            found.positions[name] = shape
+        else:
+            found.body[name] = shape
+    if not found.tokens or not found.body:
+        raise ConfigError(["model: has no token embeddings or no body; is it a causal LM?"])
+    return found
+
+
+def _probe(model: ModelConfig, vocabulary: int, sequence_tokens: int) -> PreTrainedModel:
+    with torch.device("meta"), _own_generator(0):
+        return _from_config(_config(model, vocabulary, sequence_tokens, end_id=0))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def build(
+    model: ModelConfig, vocabulary: int, sequence_tokens: int, seed: int, end_id: int = 0
+) -> PreTrainedModel:
+    """A model with fresh parameters that depend on `seed` alone, fp32 on the CPU."""
+    with _own_generator(seed):
+        return _from_config(_config(model, vocabulary, sequence_tokens, end_id))
+
+
+def initial_body(model: ModelConfig, sequence_tokens: int, found: Layout, seed: int) -> Tensors:
+    """theta before round 1: the same for every variant of a seed."""
+    fresh = build(model, _PROBE_VOCABULARY, sequence_tokens, seed_of(seed, "body"))
+    return found.split(parameters(fresh))[0]
+
+
+def initial_embeddings(
+    model: ModelConfig, vocabulary: int, sequence_tokens: int, found: Layout, seed: int, owner: str
+) -> Tensors:
+    """phi and psi before round 1: the server's (owner "") or one silo's."""
+    fresh = build(model, vocabulary, sequence_tokens, seed_of(seed, "embeddings", owner))
+    return found.split(parameters(fresh))[1]
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed of its own for each purpose, from the run's seed and names."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+@contextmanager
+def _own_generator(seed: int) -> Iterator[None]:
+    # Building a model draws from torch's global generator; nobody else may notice.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _config(
+    model: ModelConfig, vocabulary: int, sequence_tokens: int, end_id: int
+) -> PretrainedConfig:
+    settings: dict[str, Any] = dict(model.config)
+    kind = settings.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # transformers raises whatever the config's checks raise
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"model.config (model_type={kind!r}): {reason[:200]}"]) from error
+    unknown = [key for key in settings if not hasattr(type(config)(), key)]
+    if unknown:
+        raise ConfigError(
+            [f"model.config.{key}: a {kind} config has no such setting" for key in unknown]
+        )
+    config.vocab_size = vocabulary
+    for key in _LENGTH_KEYS:
+        if hasattr(config, key):
+            setattr(config, key, sequence_tokens)
+    config.bos_token_id = config.eos_token_id = end_id
+    config.pad_token_id = None  # packed sequences need no padding, whose row would never learn
+    config.use_cache = False
+    return config
+
+
+def _from_config(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"model.config: transformers cannot build it: {reason[:200]}"]) from error
+    return model

@@ -1,0 +1,145 @@
+"""The server's side of the average: a running mean of deltas, and torch's own outer optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+from dept_fl.checkpoint import Tensors
+from dept_fl.config import OuterConfig
+
+
+class MeanDelta:
+    """Mean over silos of what they add, one silo at a time, in fp32.
+
+    A tensor of `row_tensors` is averaged row by row over the silos that hold the row (TRIM:
+    "zero padding ignored"), every other one over all silos added.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], row_tensors: Collection[str]) -> None:
+        self._sums = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self._row_tensors = frozenset(row_tensors)
+        rows = next((shapes[name][0] for name in self._row_tensors), 0)
+        self._holders = torch.zeros(rows)
+        self._added = dict.fromkeys(shapes, 0)
+
+    def add(self, delta: Tensors, rows: torch.Tensor | None = None) -> None:
+        """Add one silo's delta; of a row tensor it holds `rows` ([n] int64), None being all."""
+        for name, tensor in delta.items():
+            if rows is not None and name in self._row_tensors:
+                self._sums[name].index_add_(0, rows, tensor)
+            else:
+                self._sums[name].add_(tensor)
+            self._added[name] += 1
+        if self._row_tensors & delta.keys():
+            if rows is None:
+                self._holders += 1
+            else:
+                self._holders[rows] += 1
+
+    def mean(self) -> Tensors:
+        """The mean deltas, in the memory of the sums; nothing can be added afterwards."""
+        for name, total in self._sums.items():
+            if name in self._row_tensors:
+                holders = self._holders.clamp(min=1)
+                total /= holders.view(-1, *[1] * (total.dim() - 1))
+            else:
+                total /= max(self._added[name], 1)
+        return self._sums
+
+    def unheld(self) -> torch.Tensor:
+        """[n] int64: the rows that no silo held, which must not change."""
+        return (self._holders == 0).nonzero().flatten()
+
+
+class OuterOptimizer:
+    """torch's optimiser on the averaged delta, which is handed over as a negative gradient.
+
+    With `average` (SGD, 1.0, no momentum) parameters become parameters + mean delta, the
+    paper's plain averaging.
+    """
+
+    def __init__(
+        self, config: OuterConfig, parameters: Tensors, row_tensors: Collection[str]
+    ) -> None:
+        self._row_tensors = frozenset(row_tensors)
+        self.parameters = {
+            name: nn.Parameter(tensor.clone(), requires_grad=True)
+            for name, tensor in parameters.items()
+        }
+        self._optimizer = _torch_optimizer(config, list(self.parameters.values()))
+
+    def step(self, mean: Tensors, unheld: torch.Tensor) -> None:
+        """One step; token rows in `unheld` keep their value and their moments."""
+        before = {key: tensor[unheld] for key, tensor in self._row_state().items()}
+        for name, parameter in self.parameters.items():
+            parameter.grad = mean[name].neg_()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for key, tensor in self._row_state().items():
+            tensor[unheld] = before.get(key, 0.0)  # moments made by this very step start at 0
+
+    def _row_state(self) -> Tensors:
+        """The row tensors and their moments, by kind and name."""
+        found: Tensors = {}
+        for name in self._row_tensors:
+            parameter = self.parameters[name]
+            found[name] = parameter.data
+            for kind, moment in self._optimizer.state[parameter].items():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    found[f"{kind}/{name}"] = moment
+        return found
+
+    def state(self) -> Tensors:
+        """The optimiser's moments by `<kind>/<parameter>`, for a checkpoint."""
+        return optimizer_state(self._optimizer, self.parameters)
+
+    def load(self, state: Tensors) -> None:
+        load_optimizer_state(self._optimizer, self.parameters, state)
+
+
+def _torch_optimizer(config: OuterConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(
+            parameters,
+            lr=_or(config.learning_rate, 1e-3),
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.epsilon,
+        )
+    if config.optimizer == "nesterov":
+        return torch.optim.SGD(
+            parameters,
+            lr=_or(config.learning_rate, 0.7),
+            momentum=_or(config.momentum, 0.9),
+            nesterov=True,
+        )
+    return torch.optim.SGD(parameters, lr=_or(config.learning_rate, 1.0))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> Tensors:
+    """A torch optimiser's per-parameter tensors by `<kind>/<parameter>`."""
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+        if torch.is_tensor(value)
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Tensors
+) -> None:
+    """Put back what `optimizer_state` took. Scalars (step counts) stay on the CPU."""
+    for key, value in state.items():
+        kind, name = key.split("/", 1)
+        parameter = parameters[name]
+        moved = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+        optimizer.state[parameter][kind] = moved

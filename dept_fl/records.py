@@ -1,0 +1,298 @@
+"""The door of a silo: everything that crosses its border is made and read here.
+
+| message        | to the silo                              | back to the server                      |
+|----------------|------------------------------------------|-----------------------------------------|
+| query          | recipe                                   | names of the silos on the node          |
+| query.register | recipe, silo                             | counts and sizes; in TRIM the ids of V_k|
+| train          | recipe, silo, rounds, body; in GLOB and  | deltas of the same tensors, metrics     |
+|                | TRIM embeddings                          |                                         |
+| evaluate       | as train                                 | metrics; a sample where it is shared    |
+
+In SPEC no array but the body's, and no token string or id, ever crosses.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from dept_fl.checkpoint import Tensors
+from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
+from dept_fl.errors import BadUpdate, DeptError
+from dept_fl.silo import Registration, Task, Update
+
+BODY, EMBEDDINGS, TASK, METRICS, ROWS = "body", "embeddings", "task", "metrics", "rows"
+QUERY_REGISTER = "query.register"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_EXPERIMENT = 12  # hexadecimal digits
+_COUNTS = (
+    "vocabulary",
+    "tokenizer_size",
+    "train_tokens",
+    "train_bytes",
+    "validation_bytes",
+    "train_documents",
+    "duplicates",
+)
+_MEASURES = ("unigram_bits_per_byte", "step_s", "prepare_s")
+
+
+# ---- tensors ----------------------------------------------------------------------------
+
+
+def to_record(tensors: Tensors) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """Bytes of the arrays as they are on the wire."""
+    return sum(len(array.data) for array in record.values())
+
+
+def split_bytes(content: RecordDict) -> tuple[int, int]:
+    """Bytes of a message's arrays on the wire: the body's, and all others'."""
+    sizes = {name: record_bytes(record) for name, record in content.array_records.items()}
+    body = sizes.pop(BODY, 0)
+    return body, sum(sizes.values())
+
+
+def from_record(record: ArrayRecord, shapes: Shapes) -> Tensors:
+    """The record's tensors, without a copy: read-only views of the bytes that came.
+
+    Raises:
+        BadUpdate: names, dtypes or shapes differ from `shapes`, or the bytes are not what
+            their header says. Nothing is allocated before that is known.
+    """
+    if record.keys() != shapes.keys():
+        names = sorted(set(record.keys()) ^ set(shapes))
+        raise BadUpdate(f"parameters missing or not asked for: {', '.join(names[:3])}")
+    return {name: _tensor(name, array, shapes[name]) for name, array in record.items()}
+
+
+def _tensor(name: str, array: Array, shape: tuple[int, ...]) -> torch.Tensor:
+    view = _view(name, array)
+    if view.dtype != np.float32:
+        raise BadUpdate(f"{name} is {view.dtype}, expected float32")
+    if view.shape != shape:
+        raise BadUpdate(f"{name} is {view.shape}, expected {shape}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of read-only memory; nobody writes to it
+        return torch.from_numpy(view)
+
+
+def _view(name: str, array: Array) -> npt.NDArray[Any]:
+    stream = io.BytesIO(array.data[:1024])
+    try:
+        version = np.lib.format.read_magic(stream)
+        if array.stype != "numpy.ndarray" or version != (1, 0):
+            raise ValueError(f"serialised as {array.stype} {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        size = math.prod(shape)
+        if fortran or len(array.data) - stream.tell() != size * dtype.itemsize or dtype.hasobject:
+            raise ValueError("its length does not fit its header")
+        return np.frombuffer(array.data, dtype, size, stream.tell()).reshape(shape)
+    except (ValueError, TypeError, SyntaxError, EOFError) as error:
+        raise BadUpdate(f"{name} is not a plain array: {error}") from error
+
+
+# ---- which silos ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Header:
+    """What each message says about itself."""
+
+    experiment: str
+    recipe: Recipe
+    silo: str
+
+
+def header_record(experiment: str, recipe: Recipe, silo: str = "") -> ConfigRecord:
+    return ConfigRecord({"experiment": experiment, "recipe": recipe.to_json(), "silo": silo})
+
+
+def read_header(content: RecordDict) -> Header:
+    """The header of a message from the server; its names are safe as names of folders.
+
+    Raises:
+        DeptError: it is not one.
+    """
+    try:
+        record = content.config_records[TASK]
+        experiment, silo = str(record["experiment"]), str(record["silo"])
+        recipe = recipe_from_json(str(record["recipe"]))
+    except KeyError as error:
+        raise DeptError(f"message without {error}: is the server of another version?") from error
+    if len(experiment) != _EXPERIMENT or not set(experiment) <= set("0123456789abcdef"):
+        raise DeptError(f"message with experiment={experiment!r}: not an experiment id")
+    if silo and not SILO_NAME.fullmatch(silo):
+        raise DeptError(f"message with silo={silo!r}: not a silo's name")
+    return Header(experiment, recipe, silo)
+
+
+def failure(error: Exception) -> RecordDict:
+    """The reply of a silo that could not do its task."""
+    return RecordDict({TASK: ConfigRecord({"error": str(error)})})
+
+
+def raise_failure(content: RecordDict) -> None:
+    """Raise BadUpdate if the reply is a `failure`."""
+    record = content.config_records.get(TASK)
+    if record is not None and "error" in record:
+        raise BadUpdate(str(record["error"])[:2000])
+
+
+def hosts_record(silos: list[str], simulated: bool) -> RecordDict:
+    return RecordDict({TASK: ConfigRecord({"silos": silos, "simulated": simulated})})
+
+
+def read_hosts(content: RecordDict) -> tuple[list[str], bool]:
+    record = _config(content)
+    silos = record.get("silos")
+    if not isinstance(silos, list) or not all(
+        isinstance(name, str) and SILO_NAME.fullmatch(name) for name in silos
+    ):
+        raise BadUpdate("does not name its silos")
+    return [str(name) for name in silos], bool(record.get("simulated", False))
+
+
+# ---- registration -----------------------------------------------------------------------
+
+
+def registration_record(registration: Registration) -> RecordDict:
+    facts: dict[str, Any] = {key: getattr(registration, key) for key in (*_COUNTS, *_MEASURES)}
+    text = {"silo": registration.silo, "fingerprint": registration.fingerprint}
+    content = RecordDict({TASK: ConfigRecord({**facts, **text, "on_gpu": registration.on_gpu})})
+    if registration.rows is not None:
+        content[ROWS] = ArrayRecord({ROWS: Array(registration.rows.numpy())})
+    return content
+
+
+def read_registration(content: RecordDict, silo: str) -> Registration:
+    record = _config(content)
+    if record.get("silo") != silo:
+        raise BadUpdate(f"answers for silo {record.get('silo')!r}, asked was {silo!r}")
+    counts = {key: int(_number(record, key)) for key in _COUNTS}
+    measures = {key: _number(record, key) for key in _MEASURES}
+    if not 0 < counts["vocabulary"] <= counts["tokenizer_size"] < 1 << 31:
+        raise BadUpdate(f"vocabulary of {counts['vocabulary']} ids is not plausible")
+    rows = None
+    if ROWS in content.array_records:
+        rows = torch.from_numpy(_view(ROWS, content.array_records[ROWS][ROWS]).copy())
+    return Registration(
+        silo=silo,
+        fingerprint=str(record.get("fingerprint", "")),
+        on_gpu=bool(record.get("on_gpu", False)),
+        rows=rows,
+        **counts,  # type: ignore[arg-type]
+        **measures,  # type: ignore[arg-type]
+    )
+
+
+# ---- training ---------------------------------------------------------------------------
+
+
+def task_record(task: Task, header: ConfigRecord, body: ArrayRecord) -> RecordDict:
+    """The message of a task. `body` is the record of task.body, made once for all silos."""
+    rounds = {"round": task.round, "start_round": task.start_round, "keep_from": task.keep_from}
+    content = RecordDict({TASK: ConfigRecord({**header, **rounds}), BODY: body})
+    if task.embeddings:
+        content[EMBEDDINGS] = to_record(task.embeddings)
+    return content
+
+
+def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes) -> Task:
+    """A task from the server. Shapes are the silo's own, from the recipe's model."""
+    record = _config(content)
+    try:
+        return Task(
+            silo=silo,
+            round=int(_number(record, "round")),
+            start_round=int(_number(record, "start_round")),
+            keep_from=int(_number(record, "keep_from")),
+            body=from_record(content.array_records[BODY], body),
+            embeddings=from_record(content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings),
+        )
+    except (BadUpdate, KeyError) as error:
+        raise DeptError(f"silo {silo}: the server's message is not usable: {error}") from error
+
+
+def update_record(update: Update) -> RecordDict:
+    content = RecordDict(
+        {
+            TASK: ConfigRecord({"silo": update.silo, "round": update.round}),
+            BODY: to_record(update.body),
+            METRICS: MetricRecord(update.metrics),  # type: ignore[arg-type]
+        }
+    )
+    if update.embeddings:
+        content[EMBEDDINGS] = to_record(update.embeddings)
+    return content
+
+
+def read_update(content: RecordDict, body: Shapes, embeddings: Shapes) -> Update:
+    """A silo's update; the server checks round, silo and values against its own state.
+
+    Raises:
+        BadUpdate: it is a failure, or not of the form that was asked for.
+    """
+    raise_failure(content)
+    record = _config(content)
+    if BODY not in content.array_records or METRICS not in content.metric_records:
+        raise BadUpdate("has no body or no metrics")
+    return Update(
+        silo=str(record.get("silo")),
+        round=int(_number(record, "round")),
+        body=from_record(content.array_records[BODY], body),
+        embeddings=from_record(content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings),
+        metrics=_metrics(content),
+    )
+
+
+def finished_record(silo: str, metrics: dict[str, float], text: str | None) -> RecordDict:
+    facts = ConfigRecord({"silo": silo})
+    if text is not None:
+        facts["sample"] = text
+    return RecordDict({TASK: facts, METRICS: MetricRecord(metrics)})  # type: ignore[arg-type]
+
+
+def read_finished(content: RecordDict, silo: str) -> tuple[dict[str, float], str]:
+    raise_failure(content)
+    record = _config(content)
+    if record.get("silo") != silo or METRICS not in content.metric_records:
+        raise BadUpdate("is not an evaluation of this silo")
+    return _metrics(content), str(record.get("sample", ""))
+
+
+def _config(content: RecordDict) -> ConfigRecord:
+    record = content.config_records.get(TASK)
+    if record is None:
+        raise BadUpdate("has no header")
+    return record
+
+
+def _number(record: ConfigRecord, key: str) -> float:
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadUpdate(f"{key}={value!r} is not a number")
+    return value
+
+
+def _metrics(content: RecordDict) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for key, value in content.metric_records[METRICS].items():
+        if isinstance(value, list) or not math.isfinite(value):
+            raise BadUpdate(f"metric {key}={value!r} is not a finite number")
+        metrics[key] = float(value)
+    return metrics

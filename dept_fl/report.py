@@ -1,0 +1,166 @@
+"""What people see of a run: metrics.jsonl, tables in the terminal, a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dept_fl.checkpoint import write_whole
+from dept_fl.cost import Cost
+
+Event = dict[str, Any]
+
+
+class Ledger:
+    """`metrics.jsonl`: one JSON object a line, each with an `event` field."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / "metrics.jsonl"
+
+    def write(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, **fields}, sort_keys=True, allow_nan=False)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def read(self) -> list[Event]:
+        """All whole lines; a last one that a kill cut off is left out."""
+        if not self.file.is_file():
+            return []
+        events = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+        return events
+
+    def rewind(self, round_: int) -> None:
+        """Drop what was written behind whole round `round_`, which will be done again."""
+        kept = [
+            e
+            for e in self.read()
+            if max(e.get("round", 0), e.get("during_round", 0)) <= round_
+            and e["event"] != "end"
+            and not e.get("final", False)
+        ]
+        write_whole(self.file, "".join(json.dumps(e, sort_keys=True) + "\n" for e in kept))
+
+
+class Screen:
+    """Prints tables and lines; all figures are computed elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(width=100, highlight=False, markup=False, soft_wrap=True)
+
+    def line(self, text: str = "") -> None:
+        self._console.print(text)
+
+    def table(self, head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
+        table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    def plan(self, costs: Mapping[str, Cost], registrations: Iterable[Any], words: list[str]) -> None:
+        for text in words:
+            self.line(text)
+        rows = [
+            [
+                r.silo,
+                f"{r.train_bytes / 1e6:.1f} MB",
+                f"{r.train_tokens:,}",
+                f"{r.vocabulary:,}",
+                f"{costs[r.silo].held_parameters / 1e6:.2f} M",
+                f"{costs[r.silo].up_parameters / 1e6:.2f} M",
+                f"{costs[r.silo].up_bytes / 1e6:.2f} MB",
+            ]
+            for r in registrations
+        ]
+        head = ("silo", "train text", "tokens", "vocabulary", "parameters", "travel", "up/round")
+        self.table(head, rows)
+
+    def round(self, rows: Iterable[Event], title: str) -> None:
+        cells = [
+            [
+                e["silo"],
+                f"{e['loss']:.3f}",
+                f"{e['bits_per_byte']:.3f}",
+                f"{e['unigram_bits_per_byte']:.3f}",
+                f"{e['tokens_per_s']:,.0f}",
+                f"{(e['bytes_up_body'] + e['bytes_up_embeddings']) / 1e6:.2f}",
+                f"{(e['bytes_down_body'] + e['bytes_down_embeddings']) / 1e6:.2f}",
+            ]
+            for e in rows
+        ]
+        head = ("silo", "loss", "bits/byte", "unigram", "tokens/s", "MB up", "MB down")
+        self.table(head, cells, title)
+
+    def final(self, rows: Iterable[Event]) -> None:
+        cells = [
+            [
+                e["silo"],
+                f"{e['bits_per_byte']:.3f}",
+                f"{e['unigram_bits_per_byte']:.3f}",
+                f"{e['perplexity']:,.1f}",
+                f"{e['unigram_perplexity']:,.1f}",
+            ]
+            for e in rows
+        ]
+        head = ("silo", "bits/byte", "unigram", "perplexity", "unigram ppl")
+        self.table(head, cells, "final body, each silo on its own validation text")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 5 min, 3.2 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plot(events: list[Event], file: Path) -> None:
+    """Training loss and validation bits per byte of each silo by round, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    silos = sorted({e["silo"] for e in events if e["event"] == "silo_eval"})
+    legend = len(silos) <= 12
+    for i, silo in enumerate(silos):
+        style = {"color": colours[i % len(colours)], "label": silo, "marker": ".", "lw": 1.5}
+        train = [e for e in events if e["event"] == "silo_train" and e["silo"] == silo]
+        left.plot([e["round"] for e in train], [e["loss"] for e in train], **style)
+        evals = [e for e in events if e["event"] == "silo_eval" and e["silo"] == silo]
+        right.plot([e["round"] for e in evals], [e["bits_per_byte"] for e in evals], **style)
+        floor = evals[-1]["unigram_bits_per_byte"]
+        right.axhline(floor, color=style["color"], ls=":", lw=1)
+    left.set(title="training loss", xlabel="round", ylabel="nats per token")
+    right.set(
+        title="validation (dotted: unigram floor)", xlabel="whole rounds", ylabel="bits per byte"
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if legend:
+        right.legend(frameon=False)
+    draft = file.with_name(f".{file.name}.png")
+    figure.savefig(draft, dpi=120)
+    pyplot.close(figure)
+    draft.replace(file)
+
+
+def finite(value: float) -> float:
+    """A figure that JSON can hold."""
+    return value if math.isfinite(value) else 1e308

@@ -1,0 +1,373 @@
+"""A silo is a place: its text, tokenizer, embeddings and training state, on its own disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dept_fl.checkpoint import (
+    Tensors,
+    drop_rounds_before,
+    load_state,
+    round_folder,
+    save_state,
+    under_prefix,
+    whole_folder,
+    with_prefix,
+    write_whole,
+)
+from dept_fl.config import Recipe
+from dept_fl.data import Batches, Corpus, TokenStream, check_enough, load_corpus, load_tokens
+from dept_fl.errors import DeptError
+from dept_fl.evaluate import Evaluation, evaluate, sample
+from dept_fl.model import Layout, build, initial_embeddings, join, layout, parameters, seed_of
+from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from dept_fl.train import Training, pick_device, train
+from dept_fl.variants import variant
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a silo tells the server about itself: sizes and counts, no text and no pieces.
+
+    Attributes:
+        fingerprint: of a shared tokenizer; empty where the silo's own, which nobody need know.
+        rows: [|V_k|] the ids it holds of a shared tokenizer, in TRIM alone.
+        step_s: seconds of one optimiser step, measured; 0 where not measured.
+    """
+
+    silo: str
+    vocabulary: int
+    tokenizer_size: int
+    fingerprint: str
+    train_tokens: int
+    train_bytes: int
+    validation_bytes: int
+    train_documents: int
+    duplicates: int
+    unigram_bits_per_byte: float
+    step_s: float
+    prepare_s: float
+    on_gpu: bool
+    rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a silo in one round.
+
+    Attributes:
+        round: t, from 1; the final evaluation has T + 1.
+        start_round: the silo's last merged round, whose state it starts from; 0 for none.
+        keep_from: the oldest of the silo's rounds that the server may still resume from.
+        body: theta.
+        embeddings: phi and psi as far as the variant sends them.
+    """
+
+    silo: str
+    round: int
+    start_round: int
+    keep_from: int
+    body: Tensors
+    embeddings: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a silo sends back: deltas of the body and, in GLOB and TRIM, of the embeddings."""
+
+    silo: str
+    round: int
+    body: Tensors
+    embeddings: Tensors
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _State:
+    """A silo's state behind one round; `position` counts sequences taken from its stream."""
+
+    position: int
+    embeddings: Tensors
+    moments: Tensors
+
+
+class Silo:
+    """One silo of an experiment.
+
+    Args:
+        home: where tokenizers, text, tokens and state lie.
+        experiment: the server's id of the run; states of different runs never mix.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, home: Path, experiment: str) -> None:
+        self.name = name
+        self.recipe = recipe
+        self._home = home
+        self._variant = variant(recipe.variant)
+        self._states = home / "silos" / name / "state" / experiment
+
+    # ---- what it owns ------------------------------------------------------------------
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        source = self.recipe.silos.get(self.name)
+        if source is None:
+            raise DeptError(f"silo {self.name}: not in the recipe's silos")
+        return load_corpus(self.name, source, self.recipe, self._home / "silos" / self.name / "text")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if not self.recipe.own_tokenizers:
+            return load_tokenizer(self.recipe.shared_tokenizer)
+        texts = self.corpus.training_sample(self.recipe.tokenizer_train_bytes)
+        key = _tokenizer_key([self.corpus], self.recipe)
+        return _trained_tokenizer(self.name, texts, key, self.recipe, self._home)
+
+    @cached_property
+    def stream(self) -> TokenStream:
+        restrict = self._variant.restricts_vocabulary and not self.recipe.own_tokenizers
+        parent = self._home / "silos" / self.name / "tokens"
+        found = load_tokens(self.name, self.corpus, self.tokenizer, restrict, parent)
+        check_enough(self.name, found, self.recipe)
+        return found
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout(self.recipe.model, self.recipe.sequence_tokens)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return pick_device(self.recipe.device)
+
+    @property
+    def received_embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the embeddings that the server sends: none in SPEC."""
+        if not self._variant.embeddings_travel:
+            return {}
+        return self.layout.embeddings(self.stream.vocabulary.size)
+
+    # ---- what it does ------------------------------------------------------------------
+
+    def register(self) -> Registration:
+        """Make ready (tokenizer, token stream) and measure one step of training."""
+        began = time.perf_counter()
+        stream, tokenizer = self.stream, self.tokenizer
+        nats = stream.unigram_nats() * (len(stream.validation) - 1)
+        prepare_s = time.perf_counter() - began
+        return Registration(
+            silo=self.name,
+            vocabulary=stream.vocabulary.size,
+            tokenizer_size=tokenizer.size,
+            fingerprint="" if self.recipe.own_tokenizers else tokenizer.fingerprint,
+            train_tokens=len(stream.train),
+            train_bytes=stream.train_bytes,
+            validation_bytes=stream.validation_bytes,
+            train_documents=self.corpus.train_documents,
+            duplicates=self.corpus.duplicates,
+            unigram_bits_per_byte=nats / 0.6931471805599453 / stream.validation_bytes,
+            step_s=self._measure_step(),
+            prepare_s=prepare_s,
+            on_gpu=self._device.type == "cuda",
+            rows=torch.from_numpy(stream.vocabulary.ids) if self._variant.rows_known else None,
+        )
+
+    def train(self, task: Task) -> Update:
+        """One round: evaluate the body as it arrives, train, keep the state, return the deltas."""
+        began = time.perf_counter()
+        state = self._state(task.start_round)
+        embeddings = self._start_embeddings(task, state)
+        model = self._model(task.body, embeddings)
+        load_s = time.perf_counter() - began
+        arrived = self._evaluate(model)
+        evaluate_s = time.perf_counter() - began - load_s
+        training = self._train(model, task, state)
+        saving = time.perf_counter()
+        body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
+        self._save(task, state, after, training)
+        save_s = time.perf_counter() - saving
+        delta = {name: after[name] - embeddings[name] for name in after}
+        body_delta = {name: tensor - task.body[name] for name, tensor in body.items()}
+        metrics = {
+            **_evaluation_metrics(arrived),
+            **_training_metrics(training),
+            "load_s": load_s,
+            "evaluate_s": evaluate_s,
+            "save_s": save_s,
+            "body_norm": _norm(task.body),
+            "embedding_norm": _norm(embeddings),
+            "body_delta_norm": _norm(body_delta),
+            "embedding_delta_norm": _norm(delta),
+        }
+        return Update(self.name, task.round, body_delta, self._variant.sent(delta), metrics)
+
+    def finish(self, task: Task) -> tuple[dict[str, float], str]:
+        """Evaluate the final body and keep it beside the silo's embeddings, with a sample."""
+        state = self._state(task.start_round)
+        embeddings = self._start_embeddings(task, state)
+        model = self._model(task.body, embeddings)
+        metrics = _evaluation_metrics(self._evaluate(model))
+        seed = seed_of(self.recipe.seed, "sample", self.name)
+        text = sample(model, self.stream, self.tokenizer, self.recipe.sample_tokens, seed)
+        tensors = {**with_prefix("body", task.body), **with_prefix("embeddings", embeddings)}
+        meta = {**self._tags(task.round), "recipe": json.loads(self.recipe.to_json())}
+        save_state(self.final_folder, tensors, meta)
+        write_whole(self.final_folder / "sample.txt", text)
+        return metrics, text
+
+    @property
+    def final_folder(self) -> Path:
+        """Where `finish` keeps the final body, the silo's embeddings and the sample."""
+        return self._states / "final"
+
+    # ---- the steps of a round -------------------------------------------------------------
+
+    def _state(self, round_: int) -> _State:
+        if round_ == 0:
+            return _State(position=0, embeddings={}, moments={})
+        tensors, meta = load_state(round_folder(self._states, round_))
+        for key, value in self._tags(round_).items():
+            if meta.get(key) != value:
+                raise DeptError(
+                    f"silo {self.name}: its state of round {round_} has {key}={meta.get(key)!r}, "
+                    f"the run has {value!r}; start a new run, or put the old {key} back"
+                )
+        moments = under_prefix("optimizer", tensors) if self.recipe.inner.state == "keep" else {}
+        return _State(meta["position"], under_prefix("embeddings", tensors), moments)
+
+    def _tags(self, round_: int) -> dict[str, Any]:
+        model = json.dumps(self.recipe.model.config, sort_keys=True)
+        return {
+            "silo": self.name,
+            "round": round_,
+            "variant": self.recipe.label,
+            "tokenizer": self.tokenizer.fingerprint,
+            "model": hashlib.sha256(model.encode()).hexdigest(),
+        }
+
+    def _start_embeddings(self, task: Task, state: _State) -> Tensors:
+        if self._variant.embeddings_travel:
+            return task.embeddings
+        if state.embeddings:
+            return state.embeddings
+        recipe, size = self.recipe, self.stream.vocabulary.size
+        return initial_embeddings(
+            recipe.model, size, recipe.sequence_tokens, self.layout, recipe.seed, self.name
+        )
+
+    def _model(self, body: Tensors, embeddings: Tensors) -> Any:
+        recipe, vocabulary = self.recipe, self.stream.vocabulary
+        end_id = int(vocabulary.local_ids()[self.tokenizer.end_id])
+        model = build(recipe.model, vocabulary.size, recipe.sequence_tokens, 0, end_id)
+        join(model, body, embeddings)
+        return model.to(self._device)
+
+    def _evaluate(self, model: Any) -> Evaluation:
+        return evaluate(model, self.stream, self.recipe.sequence_tokens, self.recipe.inner)
+
+    def _train(self, model: Any, task: Task, state: _State) -> Training:
+        recipe = self.recipe
+        first_step = (task.round - 1) * recipe.inner.local_steps
+        seed = seed_of(recipe.seed, "batches", self.name)
+        batches = Batches(self.stream, recipe.sequence_tokens, seed)
+        cuda = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):  # dropout, where a model has it
+            torch.manual_seed(seed_of(seed, first_step))
+            try:
+                return train(
+                    model,
+                    batches,
+                    recipe.inner,
+                    first_step,
+                    recipe.total_steps,
+                    state.position,
+                    state.moments,
+                )
+            except DeptError as error:
+                raise DeptError(f"silo {self.name}: {error}") from error
+
+    def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
+        tensors: Tensors = {}
+        if not self._variant.embeddings_travel:
+            tensors |= with_prefix("embeddings", embeddings)
+        if self.recipe.inner.state == "keep":
+            tensors |= with_prefix("optimizer", training.optimizer)
+        taken = self.recipe.inner.local_steps * self.recipe.inner.batch_size
+        meta = {**self._tags(task.round), "position": state.position + taken}
+        save_state(round_folder(self._states, task.round), tensors, meta)
+        drop_rounds_before(self._states, task.keep_from)
+
+    def _measure_step(self) -> float:
+        """Seconds of a training step, on a model that is thrown away."""
+        recipe = self.recipe
+        model = build(recipe.model, self.stream.vocabulary.size, recipe.sequence_tokens, 0)
+        batches = Batches(self.stream, recipe.sequence_tokens, seed=0)
+        steps = replace(recipe.inner, local_steps=1)
+        seconds = 0.0
+        for _ in range(2):  # the first one pays for warming up
+            once = train(model.to(self._device), batches, steps, 0, recipe.total_steps, 0, {})
+            seconds = once.seconds
+        return seconds
+
+
+def with_shared_tokenizer(recipe: Recipe, home: Path) -> Recipe:
+    """The recipe with a tokenizer trained over the text of all silos, where it names none.
+
+    Only a simulation can do this: it reads every silo's text.
+    """
+    if recipe.own_tokenizers or recipe.shared_tokenizer:
+        return recipe
+    corpora = [Silo(name, recipe, home, "").corpus for name in recipe.silo_names]
+    share = recipe.tokenizer_train_bytes // len(corpora)
+    texts = chain.from_iterable(corpus.training_sample(share) for corpus in corpora)
+    key = _tokenizer_key(corpora, recipe)
+    _trained_tokenizer("shared", texts, key, recipe, home)
+    return replace(recipe, shared_tokenizer=str(_tokenizer_file("shared", key, home)))
+
+
+def _tokenizer_key(corpora: list[Corpus], recipe: Recipe) -> str:
+    facts = [recipe.vocab_size, recipe.tokenizer_train_bytes, *(c.digest for c in corpora)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _tokenizer_file(owner: str, key: str, home: Path) -> Path:
+    return home / "tokenizers" / owner / key / "tokenizer.model"
+
+
+def _trained_tokenizer(
+    owner: str, texts: Iterator[str], key: str, recipe: Recipe, home: Path
+) -> SentencePieceTokenizer:
+    file = _tokenizer_file(owner, key, home)
+    if not file.is_file():
+        model = train_sentencepiece(owner, texts, recipe.vocab_size)
+        with whole_folder(file.parent) as draft:
+            (draft / file.name).write_bytes(model)
+    return SentencePieceTokenizer(file.read_bytes())
+
+
+def _norm(tensors: Tensors) -> float:
+    """L2 norm over all of the tensors."""
+    return float(torch.stack([t.norm() for t in tensors.values()] or [torch.zeros(())]).norm())
+
+
+def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {f"eval_{name}": float(value) for name, value in vars(evaluation).items()}
+
+
+def _training_metrics(training: Training) -> dict[str, float]:
+    return {
+        "loss": training.loss,
+        "last_loss": training.last_loss,
+        "gradient_norm": training.gradient_norm,
+        "tokens": float(training.tokens),
+        "train_s": training.seconds,
+    }

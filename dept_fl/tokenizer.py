@@ -1,0 +1,307 @@
+"""Tokenizers: train or load SentencePiece, adopt a Hugging Face one, restrict either to V_k."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece as spm
+
+from dept_fl.errors import DeptError
+
+Ids = list[int]
+_SPACE = "▁"  # U+2581, which SentencePiece writes for a space
+_LONGEST_LINE = 4000  # bytes; the trainer skips lines over 4192 without a word
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer.
+
+    Attributes:
+        size: number of ids, V.
+        end_id: the id that separates documents.
+        fingerprint: equal for two tokenizers only if they give the same ids.
+    """
+
+    size: int
+    end_id: int
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def pieces(self) -> list[str]:
+        """The V pieces as strings, in the tokenizer's own alphabet."""
+        ...
+
+    def specials(self) -> set[int]:
+        """Ids that no text is written with."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. One trained by `train` is lossless: decode(encode(x)) == x."""
+
+    def __init__(self, model: bytes) -> None:
+        self._processor = spm.SentencePieceProcessor(model_proto=model)
+        self.size: int = self._processor.get_piece_size()
+        end = self._processor.eos_id()
+        if end < 0:
+            raise DeptError("SentencePiece model without an end-of-sentence id: it cannot be used")
+        self.end_id: int = end
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        encoded: list[Ids] = self._processor.encode(list(texts))
+        for i, text in enumerate(texts):
+            if _SPACE in text:
+                encoded[i] = self._encode_with_literal_marker(text)
+        return encoded
+
+    def _encode_with_literal_marker(self, text: str) -> Ids:
+        # SentencePiece cannot tell a U+2581 of the text from the marker it puts for a
+        # space, so that it would decode as a space. As byte pieces it survives.
+        marker = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        if any(self._processor.is_unknown(piece) for piece in marker):
+            return list(self._processor.encode(text))
+        ids: Ids = []
+        for i, part in enumerate(text.split(_SPACE)):
+            ids += (marker if i else []) + self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(i) for i in range(self.size)]
+
+    def specials(self) -> set[int]:
+        is_special = (self._processor.is_control, self._processor.is_unknown)
+        return {i for i in range(self.size) if any(test(i) for test in is_special)}
+
+
+class HuggingFaceTokenizer:
+    """A fast Hugging Face tokenizer, from a folder or by name."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # of several libraries, none of them documented
+            raise DeptError(
+                f"shared_tokenizer={name!r}: not a SentencePiece file, and transformers cannot "
+                f"load it: {str(error).splitlines()[0]}"
+            ) from error
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DeptError(f"shared_tokenizer={name!r}: a slow tokenizer; convert it to a fast one")
+        end = self._tokenizer.eos_token_id
+        end = self._tokenizer.sep_token_id if end is None else end
+        if end is None:
+            raise DeptError(f"shared_tokenizer={name!r}: has no eos or sep token to end documents")
+        self.end_id: int = end
+        self.size: int = max(self._tokenizer.get_vocab().values()) + 1
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        encoded: list[Ids] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+    def pieces(self) -> list[str]:
+        names = [""] * self.size
+        for piece, index in self._tokenizer.get_vocab().items():
+            names[index] = piece
+        return names
+
+    def specials(self) -> set[int]:
+        return set(self._tokenizer.all_special_ids)
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """A SentencePiece file (`.model`), else a Hugging Face folder or name."""
+    path = Path(name)
+    if path.is_file() and path.suffix == ".model":
+        try:
+            return SentencePieceTokenizer(path.read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise DeptError(f"{path}: not a SentencePiece model: {error}") from error
+    if path.suffix == ".model":
+        raise DeptError(f"shared_tokenizer={str(name)!r}: no such file")
+    return HuggingFaceTokenizer(str(name))
+
+
+def train_sentencepiece(owner: str, documents: Iterable[str], vocab_size: int) -> bytes:
+    """Train a lossless unigram model with byte fall-back (paper, section 3: SPEC-OPT).
+
+    Nothing is normalised and white space is kept, so that every byte of the text comes back.
+
+    Args:
+        owner: named in errors.
+        documents: the training text; lines of it are what the trainer sees.
+        vocab_size: pieces, with the 256 bytes and the specials among them.
+
+    Raises:
+        DeptError: the text has too few different pieces for `vocab_size`.
+    """
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=_lines(documents),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=4,  # fixed: the sums of the E-step, and so the model, depend on it
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise DeptError(
+            f"silo {owner}: no tokenizer of vocab_size={vocab_size} can be trained on its text: "
+            f"{_trainer_reason(error)}; lower vocab_size or give more text"
+        ) from error
+    return model.getvalue()
+
+
+def _trainer_reason(error: RuntimeError) -> str:
+    text = str(error).strip()
+    start = text.find("Vocabulary size")
+    return text[start:] if start >= 0 else text.splitlines()[-1]
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for line in document.splitlines():
+            while line:
+                head = line.encode()[:_LONGEST_LINE].decode(errors="ignore")
+                yield head
+                line = line[len(head) :]
+
+
+class Vocabulary:
+    """The ids a silo uses: all of a tokenizer's, or the subset V_k with which it writes any text.
+
+    Ids of the tokenizer outside V_k are written as several pieces of V_k; V_k holds every
+    byte piece, so that this is always possible. Local ids are 0..|V_k|-1.
+
+    Attributes:
+        ids: [|V_k|] int64, ascending: the tokenizer's id of each local id.
+        full: V, the tokenizer's size.
+    """
+
+    def __init__(self, ids: npt.NDArray[np.int64], full: int) -> None:
+        self.ids = ids
+        self.full = full
+
+    @classmethod
+    def whole(cls, tokenizer: Tokenizer) -> Vocabulary:
+        return cls(np.arange(tokenizer.size, dtype=np.int64), tokenizer.size)
+
+    @classmethod
+    def of_training_split(
+        cls, tokenizer: Tokenizer, used: npt.NDArray[np.int64], owner: str
+    ) -> Vocabulary:
+        """V_k: the ids in the training split (paper, section 2) plus specials and bytes."""
+        always = tokenizer.specials() | set(byte_ids(tokenizer, owner)) | {tokenizer.end_id}
+        ids = np.union1d(used, np.fromiter(always, dtype=np.int64))
+        return cls(ids.astype(np.int64), tokenizer.size)
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+    def local_ids(self) -> npt.NDArray[np.int64]:
+        """[V] int64: the local id of each of the tokenizer's ids, -1 outside V_k."""
+        table = np.full(self.full, -1, dtype=np.int64)
+        table[self.ids] = np.arange(self.size)
+        return table
+
+    def rewriter(self, tokenizer: Tokenizer) -> Rewriter:
+        return Rewriter(tokenizer, set(self.ids.tolist()))
+
+
+class Rewriter:
+    """Writes ids outside a vocabulary with the fewest pieces inside it, longest first on ties."""
+
+    def __init__(self, tokenizer: Tokenizer, allowed: set[int]) -> None:
+        self._allowed = allowed
+        self._pieces = tokenizer.pieces()
+        self._bytes = byte_ids(tokenizer, "") if len(allowed) < tokenizer.size else []
+        self._byte_fallback = "<0x00>" in self._pieces
+        texts = allowed - tokenizer.specials() - set(self._bytes if self._byte_fallback else [])
+        self._id_of = {self._pieces[i]: i for i in sorted(texts)}
+        self._longest = max((len(piece) for piece in self._id_of), default=1)
+        self._memory: dict[int, Ids] = {}
+
+    def __call__(self, ids: Sequence[int]) -> Ids:
+        out: Ids = []
+        for i in ids:
+            if i in self._allowed:
+                out.append(i)
+            else:
+                if i not in self._memory:
+                    self._memory[i] = self._split(self._pieces[i])
+                out += self._memory[i]
+        return out
+
+    def _split(self, piece: str) -> Ids:
+        # best[end]: fewest ids that write piece[:end]
+        best: list[Ids] = [[]]
+        for end in range(1, len(piece) + 1):
+            options = [best[end - 1] + self._character(piece[end - 1])]
+            for start in range(max(0, end - self._longest), end):
+                whole = self._id_of.get(piece[start:end])
+                if whole is not None:
+                    options.append([*best[start], whole])
+            best.append(min(options, key=len))
+        return best[-1]
+
+    def _character(self, character: str) -> Ids:
+        known = self._id_of.get(character)
+        if known is not None:
+            return [known]
+        text = " " if character == _SPACE else character
+        return [self._bytes[byte] for byte in text.encode()]
+
+
+def byte_ids(tokenizer: Tokenizer, owner: str) -> Ids:
+    """[256] the ids of the pieces that write single bytes.
+
+    Raises:
+        DeptError: the tokenizer has none, so that a part of it cannot write any text.
+    """
+    index = {piece: i for i, piece in enumerate(tokenizer.pieces())}
+    for names in ([f"<0x{byte:02X}>" for byte in range(256)], _byte_level_alphabet()):
+        if all(name in index for name in names):
+            return [index[name] for name in names]
+    raise DeptError(
+        f"silo {owner}: the shared tokenizer has no byte pieces, so that a silo's part of its "
+        "vocabulary cannot write every text; use variant=glob or a tokenizer with byte fall-back"
+    )
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The printable stand-in of each byte in byte-level BPE (GPT-2): shifted where unprintable."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]

@@ -1,0 +1,98 @@
+"""GLOB, TRIM and SPEC (paper, section 2): what a silo starts from, sends, and how it is merged."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from dept_fl.checkpoint import Tensors
+from dept_fl.model import Layout
+from dept_fl.outer import MeanDelta
+
+
+class Variant(Protocol):
+    """One object that holds all a variant decides.
+
+    Attributes:
+        embeddings_travel: whether phi and psi are the server's and go with the body.
+        restricts_vocabulary: whether a silo has only V_k of a shared tokenizer's ids.
+        rows_known: whether the server must know which ids those are.
+    """
+
+    embeddings_travel: bool
+    restricts_vocabulary: bool
+    rows_known: bool
+
+    def start(self, embeddings: Tensors, layout: Layout, rows: torch.Tensor | None) -> Tensors:
+        """What the silo gets of the server's embeddings. rows: [|V_k|] ids, in TRIM."""
+        ...
+
+    def sent(self, delta: Tensors) -> Tensors:
+        """What of the silo's embedding deltas it sends back."""
+        ...
+
+    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
+        """Add one silo's embedding deltas to the round's mean."""
+        ...
+
+
+class Glob:
+    """All of phi and psi travel and are averaged over the sampled silos."""
+
+    embeddings_travel = True
+    restricts_vocabulary = False
+    rows_known = False
+
+    def start(self, embeddings: Tensors, layout: Layout, rows: torch.Tensor | None) -> Tensors:
+        return embeddings
+
+    def sent(self, delta: Tensors) -> Tensors:
+        return delta
+
+    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
+        mean.add(delta)
+
+
+class Trim:
+    """The rows of a silo's own vocabulary travel; a row's mean is over the silos that hold it."""
+
+    embeddings_travel = True
+    restricts_vocabulary = True
+    rows_known = True
+
+    def start(self, embeddings: Tensors, layout: Layout, rows: torch.Tensor | None) -> Tensors:
+        return {
+            name: tensor[rows] if name in layout.tokens else tensor
+            for name, tensor in embeddings.items()
+        }
+
+    def sent(self, delta: Tensors) -> Tensors:
+        return delta
+
+    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
+        mean.add(delta, rows)
+
+
+class Spec:
+    """Nothing embedding-shaped travels: phi_k and psi_k are the silo's own."""
+
+    embeddings_travel = False
+    restricts_vocabulary = True
+    rows_known = False
+
+    def start(self, embeddings: Tensors, layout: Layout, rows: torch.Tensor | None) -> Tensors:
+        return {}
+
+    def sent(self, delta: Tensors) -> Tensors:
+        return {}
+
+    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
+        pass
+
+
+_VARIANTS: dict[str, Variant] = {"glob": Glob(), "trim": Trim(), "spec": Spec()}
+
+
+def variant(name: str) -> Variant:
+    return _VARIANTS[name]

@@ -1,0 +1,59 @@
+"""The ServerApp: read the run config, build the strategy, start it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from dept_fl.config import Recipe, home_dir, load_recipe
+from dept_fl.errors import DeptError
+from dept_fl.rounds import has_checkpoint
+from dept_fl.strategy import DeptStrategy
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the recipe named in the run config."""
+    config = context.run_config
+    try:
+        recipe = load_recipe(str(config["recipe"]), str(config["overrides"]))
+        home = home_dir(str(config["home"]))
+        resume = bool(config["resume"])
+        run_dir = open_run_dir(str(config["run-dir"]), home, recipe, resume)
+        DeptStrategy(recipe, home, run_dir, resume).start(grid)
+    except DeptError as error:
+        print(f"error: {error}", flush=True)
+        raise
+
+
+def open_run_dir(run_dir: str, home: Path, recipe: Recipe, resume: bool) -> Path:
+    """The absolute folder of the run, made if it is new.
+
+    Raises:
+        DeptError: a relative path, a run already in it, or nothing to resume.
+    """
+    if not run_dir:
+        if resume:
+            raise DeptError("resume=true: give the run-dir of the stopped run as well")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = home / "runs" / f"{recipe.name}-{recipe.label}-{stamp}"
+    else:
+        folder = Path(run_dir)
+    if not folder.is_absolute():
+        raise DeptError(
+            f"run-dir={run_dir!r}: must be absolute, since Flower runs the app in another folder"
+        )
+    if has_checkpoint(folder) and not resume:
+        raise DeptError(
+            f"run-dir={str(folder)!r}: holds a run already; add resume=true to go on with it, or "
+            "name another folder"
+        )
+    if resume and not has_checkpoint(folder):
+        raise DeptError(f"resume=true: no checkpoint in {folder}/checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
