@@ -1,0 +1,124 @@
+"""Helpers of the tests: a federation without Flower, and Flower's Grid inside one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.app import app as client_app
+from dept_fl.config import Recipe
+from dept_fl.rounds import Server, pretrain
+from dept_fl.silo import Silo, with_shared_tokenizer
+
+ALL_VARIANTS = {
+    "glob": "variant=glob tokenizer=shared",
+    "trim": "variant=trim tokenizer=shared",
+    "spec": "variant=spec tokenizer=shared",
+    "spec-opt": "variant=spec tokenizer=own",
+}
+
+
+def start(recipe: Recipe, home: Path, experiment: str = "") -> tuple[Server, dict[str, Silo]]:
+    """Server and silos of a run that has not begun."""
+    experiment = experiment or uuid4().hex[:12]
+    recipe = with_shared_tokenizer(recipe, home)
+    silos = {name: Silo(name, recipe, home, experiment) for name in recipe.silo_names}
+    registrations = {name: silo.register() for name, silo in silos.items()}
+    return Server(recipe, registrations, experiment), silos
+
+
+def trained(recipe: Recipe, home: Path) -> tuple[Server, dict[str, Silo]]:
+    """The whole run by the plain algorithm."""
+    server, silos = start(recipe, home)
+    pretrain(server, silos)
+    return server, silos
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Equal names and, bit for bit, equal tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def state_of(server: Server, silos: dict[str, Silo]) -> dict[str, torch.Tensor]:
+    """Everything that training made: the server's tensors and each silo's newest state."""
+    found = {**server.body, **server.embeddings}
+    for name, silo in silos.items():
+        task = server.task(name)
+        state = silo._state(task.start_round)
+        for part in ("embeddings", "moments"):
+            found |= {f"{name}/{part}/{n}": t for n, t in getattr(state, part).items()}
+    return found
+
+
+class InProcessGrid(Grid):
+    """Flower's Grid over nodes in this process, which call the real ClientApp.
+
+    Args:
+        nodes: how many virtual nodes.
+        tamper: gets each reply before the server does; it may change, replace or drop it.
+    """
+
+    def __init__(
+        self, nodes: int, home: Path, tamper: Callable[[Message, Message], Message | None] | None = None
+    ) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self._home, self._tamper = home, tamper
+        self._partitions = {1000 + i: i for i in range(nodes)}
+        self._replies: dict[str, Message] = {}
+        self.sent: list[Message] = []
+        self.received: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
+            self.sent.append(message)
+            ids.append(message.metadata.message_id)
+            reply: Message | None = self._answer(message)
+            if self._tamper is not None:
+                reply = self._tamper(message, reply)
+            if reply is not None:
+                self.received.append(reply)
+                self._replies[message.metadata.message_id] = reply
+        return ids
+
+    def _answer(self, message: Message) -> Message:
+        partition = self._partitions[message.metadata.dst_node_id]
+        node: dict[str, Any] = {"partition-id": partition, "num-partitions": len(self._partitions)}
+        context = Context(
+            run_id=1,
+            node_id=message.metadata.dst_node_id,
+            node_config=node,
+            state=RecordDict(),
+            run_config={"home": str(self._home)},
+        )
+        try:
+            return client_app(message, context)
+        except Exception as error:  # what Flower's own client process makes of an exception
+            return Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._partitions)
+
+    def send_and_receive(self, messages: Iterable[Message], **_: Any) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
