@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dept_fl.errors import ConfigError, DeptError
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+RUN_NAME = re.compile(r"(?![.\s])[^/\\\x00-\x1f]{1,100}")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 VARIANTS = ("glob", "trim", "spec")
@@ -201,25 +202,36 @@ def load_recipe(path: str | Path, overrides: str = "") -> Recipe:
     Raises:
         ConfigError: listing every problem found, each with its value and the mend.
     """
-    file = _find_recipe(Path(path))
+    file = _find_recipe(_expanded(str(path)))
     problems: list[str] = []
-    tree = _read_yaml(file, problems)
-    assignments = [(key, value) for key, value in _leaves(tree)]
-    for word in _words(overrides, problems):
-        key, found, value = word.partition("=")
-        if found:
-            assignments.append((key, _yaml_value(value)))
-        else:
-            problems.append(f"override {word!r}: expected key=value, such as rounds=4")
+    assignments = list(_leaves(_read_yaml(file, problems)))
+    assignments += _overrides(overrides, problems)
     recipe = _build(assignments, problems)
-    return _resolve_paths(recipe, file.parent)
+    model = _with_preset(recipe.model, file.parent, problems)
+    if problems:
+        raise ConfigError(problems)
+    return _resolve_paths(replace(recipe, model=model), file.parent)
 
 
 def recipe_from_json(text: str) -> Recipe:
-    """The recipe that the server sent. Interpolations are refused: they would read this host."""
-    if "${" in text:
+    """The recipe that the server sent. Interpolations are refused: they would read this host.
+
+    Raises:
+        ConfigError: it is no recipe, or one with problems.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"a recipe from the server is not JSON: {error}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(["a recipe from the server is not a mapping of settings"])
+    if "${" in json.dumps(tree, ensure_ascii=False):  # JSON can spell the '$' in several ways
         raise ConfigError(["a recipe from the server may not hold '${': write the value itself"])
-    return _build(list(_leaves(json.loads(text))), [])
+    problems: list[str] = []
+    recipe = _build(list(_leaves(tree)), problems)
+    if problems:
+        raise ConfigError(problems)
+    return recipe
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -232,22 +244,49 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 def _find_recipe(path: Path) -> Path:
     tried = [path] if path.is_absolute() else [Path.cwd() / path, CONF_DIR.parent / path]
     for candidate in tried:
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate.resolve()
     have = ", ".join(sorted(f"conf/{p.name}" for p in CONF_DIR.glob("*.yaml")))
     raise ConfigError([f"recipe={str(path)!r}: no such file; recipes that come along: {have}"])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, a folder that may not be read
+        return False
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~ of a user that this machine does not have
+        return Path(path)
 
 
 def _read_yaml(file: Path, problems: list[str]) -> Mapping[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except Exception as error:  # any YAML or interpolation error, of several libraries
-        problems.append(f"{file}: not readable as YAML: {error}")
+        problems.append(f"{file}: not readable as YAML: {_one_line(error)}")
         return {}
     if not isinstance(loaded, dict):
         problems.append(f"{file}: expected a mapping of settings at the top")
         return {}
     return cast(Mapping[str, Any], loaded)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _overrides(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    for word in _words(text, problems):
+        key, found, value = word.partition("=")
+        if key and found:
+            yield from _leaves({key: _yaml_value(value)})
+        else:
+            problems.append(f"override {word!r}: expected key=value, such as rounds=4")
 
 
 def _words(overrides: str, problems: list[str]) -> list[str]:
@@ -259,6 +298,8 @@ def _words(overrides: str, problems: list[str]) -> list[str]:
 
 
 def _yaml_value(text: str) -> Any:
+    if not text:  # `key=` empties a setting; null is written out
+        return ""
     try:
         return OmegaConf.to_container(OmegaConf.create(f"v: {text}"))["v"]  # type: ignore[index,call-overload]
     except Exception:  # not YAML: the type check of the setting will say what is wrong
@@ -276,32 +317,39 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _build(assignments: list[tuple[str, Any]], problems: list[str]) -> Recipe:
+    """The recipe, adding to `problems`; a setting that has one keeps its default."""
     config = _writable(OmegaConf.structured(Recipe))
     for key, value in assignments:
-        _assign(config, key, value, problems)
-    if problems:  # contradictions among half-read settings would only confuse
-        raise ConfigError(problems)
-    recipe = cast(Recipe, OmegaConf.to_object(config))
-    problems = list(contradictions(recipe))
-    if problems:
-        raise ConfigError(problems)
+        for problem in _assign(config, key, value):
+            if problem not in problems:
+                problems.append(problem)
+    try:
+        recipe = cast(Recipe, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, RecursionError) as error:  # '???', '${...}'
+        key = getattr(error, "full_key", None) or "overrides"
+        reason = str(error).partition("\n")[0]
+        raise ConfigError([*problems, f"{key}: {reason}; write the value itself"]) from error
+    # Contradictions with settings that could not be read would only confuse.
+    checks = (_choices, _ranges) if problems else (contradictions,)
+    for check in checks:
+        problems += check(recipe)
     return recipe
 
 
-def _assign(config: DictConfig, key: str, value: Any, problems: list[str]) -> None:
+def _assign(config: DictConfig, key: str, value: Any) -> Iterator[str]:
     unknown = _unknown_key(key)
     if unknown:
-        problems.append(unknown)
+        yield unknown
         return
     try:
-        if key.startswith("silos.") and key.count(".") == 2:
-            name = key.split(".")[1]
-            if name not in config.silos:
-                config.silos[name] = _writable(OmegaConf.structured(DataSource))
+        if key in _MAPPINGS and value in (None, {}):
+            OmegaConf.update(config, key, {}, merge=False)
+            return
+        if key.startswith("silos.") and (name := key.split(".")[1]) not in config.silos:
+            config.silos[name] = _writable(OmegaConf.structured(DataSource))
         OmegaConf.update(config, key, value, force_add=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        problems.append(f"{key}={value!r}: {reason}")
+    except (OmegaConfBaseException, RecursionError):
+        yield f"{key}={value!r}: must be {_expected(key)}"
 
 
 def _writable(config: Any) -> DictConfig:
@@ -313,41 +361,95 @@ def _writable(config: Any) -> DictConfig:
     return cast(DictConfig, config)
 
 
+_MAPPINGS = ("silos", "model.config")
+_GROUPS: dict[str, type[Any]] = {"model": ModelConfig, "inner": InnerConfig, "outer": OuterConfig}
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list[str]": "a list, such as [a, b]",
+    "list[float]": "a list of numbers, such as [0.9, 0.95]",
+    "dict[str, DataSource]": "a mapping of silos by name",
+    "dict[str, Any]": "a mapping of settings",
+}
+
+
+def _names(owner: type[Any]) -> list[str]:
+    return [f.name for f in fields(owner)]
+
+
+def _expected(key: str) -> str:
+    """What a known setting takes, in words."""
+    first, *rest = key.split(".")
+    owner = DataSource if first == "silos" and rest else _GROUPS.get(first, Recipe)
+    types = {f.name: str(f.type) for f in fields(owner)}
+    kind = types[key if owner is Recipe else rest[0] if owner is not DataSource else rest[-1]]
+    optional = " or null" if kind.endswith(" | None") else ""
+    return _EXPECTED[kind.removesuffix(" | None")] + optional
+
+
 def _unknown_key(key: str) -> str:
-    parts = key.split(".")
-    known: list[str] = [f.name for f in fields(Recipe)]
-    owner: Any = Recipe()
-    for depth, part in enumerate(parts):
-        if part not in known:
-            close = difflib.get_close_matches(part, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            return f"{key}: no such setting ({'.'.join(parts[: depth + 1])!r}){hint}"
-        value = getattr(owner, part)
-        if part == "silos" and depth == 0:
-            if len(parts) == 1:
-                return ""
-            if len(parts) == 2:
-                return f"{key}: a silo needs a mapping, such as {{files: ['data/*.txt']}}"
-            return _unknown_in_source(key, parts[2:])
-        if not is_dataclass(value):
-            return "" if isinstance(value, dict) or depth + 1 == len(parts) else f"{key}: too deep"
-        owner, known = value, [f.name for f in fields(value)]
-    return f"{key}: this is a group of settings; name one of {', '.join(known)}"
+    first, *rest = key.split(".")
+    if first == "silos" and rest:
+        return _unknown_in_silos(key, rest)
+    if first in _GROUPS and not rest:
+        known = ", ".join(_names(_GROUPS[first]))
+        return f"{key}: this is a group of settings; name one of {known}"
+    path, deeper = (f"{first}.{rest[0]}", rest[1:]) if first in _GROUPS else (first, rest)
+    if path not in _all_settings():
+        return f"{key}: no such setting{_hint(path)}"
+    if deeper and (path not in _MAPPINGS or "" in deeper):
+        return f"{key}: no such setting; {path} is {_expected(path)}"
+    return ""
 
 
-def _unknown_in_source(key: str, parts: list[str]) -> str:
-    known = [f.name for f in fields(DataSource)]
-    if len(parts) == 1 and parts[0] in known:
-        return ""
-    close = difflib.get_close_matches(parts[0], known, n=1)
+def _all_settings() -> list[str]:
+    grouped = [f"{group}.{name}" for group, owner in _GROUPS.items() for name in _names(owner)]
+    return [name for name in _names(Recipe) if name not in _GROUPS] + grouped
+
+
+def _hint(path: str) -> str:
+    known = _all_settings()
+    name = path.rpartition(".")[2]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+    close = elsewhere or difflib.get_close_matches(path, known, n=1)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    group = path.partition(".")[0]
+    owner = _GROUPS.get(group, Recipe)
+    return f"; known: {', '.join(_names(owner))}"
+
+
+def _unknown_in_silos(key: str, rest: list[str]) -> str:
+    known = _names(DataSource)
+    if len(rest) == 1:
+        return f"{key}: a silo needs a mapping, such as {{files: ['data/*.txt']}}"
+    name, setting = ".".join(rest[:-1]), rest[-1]
+    if setting in known:
+        return "" if SILO_NAME.fullmatch(name) else _bad_silo_name(name)
+    close = difflib.get_close_matches(rest[1], known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
     return f"{key}: no such setting of a silo{hint}"
+
+
+def _bad_silo_name(name: str) -> str:
+    quote = "; quote a name that YAML takes for true or false" if name in ("True", "False") else ""
+    return (
+        f"silos.{name}: a silo's name has lower-case letters, digits, '-' and '_' only, "
+        f"at most 64, and starts with a letter or digit{quote}"
+    )
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """Every problem of a well-typed recipe, one line each."""
     yield from _choices(recipe)
     yield from _ranges(recipe)
+    if not RUN_NAME.fullmatch(recipe.name):
+        yield (
+            f"name={recipe.name!r}: it becomes part of a folder's name; 1 to 100 characters "
+            "without '/' and '\\', the first no '.' or space"
+        )
     if recipe.own_tokenizers and recipe.variant in ("glob", "trim"):
         yield (
             f"variant={recipe.variant} with tokenizer=own: its embeddings are averaged, which "
@@ -358,7 +460,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             f"shared_tokenizer={recipe.shared_tokenizer!r} with tokenizer=own: "
             "set tokenizer=shared to use it"
         )
-    if not recipe.model.preset and "model_type" not in recipe.model.config:
+    kind = recipe.model.config.get("model_type", "" if not recipe.model.preset else "preset")
+    if not isinstance(kind, str) or not kind:
         yield "model: set model.preset (a file of conf/models) or model.config.model_type"
     micro = recipe.inner.sequences_per_pass
     if recipe.inner.batch_size > 0 and (micro < 1 or recipe.inner.batch_size % micro):
@@ -406,26 +509,33 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("inner.batch_size", recipe.inner.batch_size, 1),
         ("inner.micro_batch_size", recipe.inner.micro_batch_size, 0),
         ("inner.warmup_steps", recipe.inner.warmup_steps, 0),
-        ("inner.weight_decay", recipe.inner.weight_decay, 0),
     )
     for key, value, least in at_least:
         if value < least:
             yield f"{key}={value}: must be at least {least}"
-    between = (
-        ("quorum", recipe.quorum, 0.0, 1.0),
-        ("validation_fraction", recipe.validation_fraction, 0.0, 0.9),
-        ("inner.learning_rate", recipe.inner.learning_rate, 0.0, 10.0),
-        ("inner.clip_norm", recipe.inner.clip_norm, 0.0, 1e9),
-        ("round_timeout_s", recipe.round_timeout_s, 0.0, 1e7),
+    # In the comparisons below nan is out of range too.
+    above_zero = (
+        ("quorum", recipe.quorum, 1.0),
+        ("validation_fraction", recipe.validation_fraction, 0.9),
+        ("inner.learning_rate", recipe.inner.learning_rate, 10.0),
+        ("inner.clip_norm", recipe.inner.clip_norm, 1e9),
+        ("round_timeout_s", recipe.round_timeout_s, 1e7),
+        ("outer.learning_rate", recipe.outer.learning_rate, 10.0),
+        ("outer.epsilon", recipe.outer.epsilon, 1.0),
     )
-    for key, number, low, high in between:
-        if not low < number <= high:
-            yield f"{key}={number}: must be above {low:g} and at most {high:g}"
-    fraction = recipe.inner.final_learning_rate_fraction
-    if not 0.0 <= fraction <= 1.0:
-        yield f"inner.final_learning_rate_fraction={fraction}: must be from 0 to 1"
-    if recipe.outer.learning_rate is not None and not 0 < recipe.outer.learning_rate <= 10:
-        yield f"outer.learning_rate={recipe.outer.learning_rate}: must be above 0 and at most 10"
+    for key, number, high in above_zero:
+        if number is not None and not 0.0 < number <= high:
+            yield f"{key}={number}: must be above 0 and at most {high:g}"
+    from_zero = (
+        ("inner.weight_decay", recipe.inner.weight_decay, 100.0),
+        ("inner.final_learning_rate_fraction", recipe.inner.final_learning_rate_fraction, 1.0),
+    )
+    for key, number, high in from_zero:
+        if not 0.0 <= number <= high:
+            yield f"{key}={number}: must be from 0 to {high:g}"
+    momentum = recipe.outer.momentum
+    if momentum is not None and not 0.0 <= momentum < 1.0:
+        yield f"outer.momentum={momentum}: must be from 0 to below 1"
     for key, betas in (("inner.betas", recipe.inner.betas), ("outer.betas", recipe.outer.betas)):
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             yield f"{key}={list(betas)}: must be two numbers from 0 to below 1"
@@ -433,15 +543,12 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
 
 def _silos(recipe: Recipe) -> Iterator[str]:
     for name, source in recipe.silos.items():
-        if not SILO_NAME.fullmatch(name):
-            yield (
-                f"silos.{name}: a silo's name has lower-case letters, digits, '-' and '_' only, "
-                "at most 64, and starts with a letter or digit"
-            )
         yield from (f"silos.{name}{problem}" for problem in source_problems(source))
     for name in recipe.only:
         if name not in recipe.silos:
             yield f"only={name!r}: no such silo; silos: {', '.join(sorted(recipe.silos))}"
+    if len(set(recipe.only)) < len(recipe.only):
+        yield f"only={list(recipe.only)}: names a silo twice; name each once"
     if not recipe.silos:
         yield "silos: none; name at least one, such as silos.fr.files=['data/fr/*.txt']"
     elif recipe.silos_per_round > len(recipe.silo_names):
@@ -460,50 +567,71 @@ def source_problems(source: DataSource) -> Iterator[str]:
         yield f".content={source.content!r}: must be one of {', '.join(CONTENTS)}"
     if source.sample_by not in SAMPLE_BY:
         yield f".sample_by={source.sample_by!r}: must be one of {', '.join(SAMPLE_BY)}"
+    if "" in (*source.files, *source.packages):
+        yield ": an empty path or package name; write it out or leave it away"
+    if not _is_encoding(source.encoding):
+        yield f".encoding={source.encoding!r}: no such text encoding; utf-8 is the usual one"
     if source.max_bytes < 0:
         yield f".max_bytes={source.max_bytes}: must be at least 0 (0 = all)"
 
 
-def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
-    def absolute(path: str) -> str:
-        expanded = Path(path).expanduser()
-        return str(expanded if expanded.is_absolute() else folder / expanded)
+def _is_encoding(name: str) -> bool:
+    try:
+        " ".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return True
 
+
+def _absolute(path: str, folder: Path) -> str:
+    return str(folder / _expanded(path))  # an absolute path stands as it is
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     silos = {
-        name: replace(source, files=[absolute(f) for f in source.files])
+        name: replace(source, files=[_absolute(f, folder) for f in source.files])
         for name, source in recipe.silos.items()
     }
     shared = recipe.shared_tokenizer
-    if shared and (folder / shared).exists():
-        shared = absolute(shared)
-    preset = recipe.model.preset
-    if preset.endswith((".yaml", ".yml")):
-        preset = absolute(preset)
-    return replace(
-        recipe, silos=silos, shared_tokenizer=shared, model=_with_preset(recipe.model, preset)
-    )
+    # A Hugging Face name looks like a relative path, so only what is there is taken for one.
+    if shared and Path(_absolute(shared, folder)).exists():
+        shared = _absolute(shared, folder)
+    return replace(recipe, silos=silos, shared_tokenizer=shared)
 
 
-def _with_preset(model: ModelConfig, preset: str) -> ModelConfig:
+def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> ModelConfig:
     """The preset's settings written out, so that a resolved recipe stands alone."""
+    preset = model.preset
     if not preset:
         return model
-    file = Path(preset) if Path(preset).is_absolute() else CONF_DIR / "models" / f"{preset}.yaml"
-    if not file.is_file():
+    if preset.endswith((".yaml", ".yml")):
+        file = Path(_absolute(preset, folder))
+    else:
+        file = CONF_DIR / "models" / f"{preset}.yaml"
+    if not _is_file(file):
         have = ", ".join(sorted(p.stem for p in (CONF_DIR / "models").glob("*.yaml")))
-        raise ConfigError([f"model.preset={preset!r}: no such preset; presets: {have}"])
-    problems: list[str] = []
-    settings = _read_yaml(file, problems)
-    if "model_type" not in {**settings, **model.config}:
+        problems.append(f"model.preset={preset!r}: no such preset; presets: {have}")
+        return model
+    known = len(problems)
+    config = _over(_read_yaml(file, problems), model.config)
+    if len(problems) == known and not config.get("model_type"):
         problems.append(f"{file}: model_type is missing")
-    if problems:
-        raise ConfigError(problems)
-    return ModelConfig(preset="", config={**settings, **model.config})
+    return ModelConfig(preset="", config=config)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mappings within them merged likewise."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            value = _over(merged[key], value)
+        merged[key] = value
+    return merged
 
 
 def home_dir(home: str) -> Path:
     """The home: the run-config's, else $DEPT_HOME, else ~/.dept-fl. Must be absolute."""
-    path = Path(home or os.environ.get("DEPT_HOME") or "~/.dept-fl").expanduser()
+    path = _expanded(home or os.environ.get("DEPT_HOME") or "~/.dept-fl")
     if not path.is_absolute():
         raise DeptError(
             f"home={str(path)!r}: must be absolute, since Flower runs the app in another folder"

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import ast
+import bz2
+import codecs
 import fnmatch
 import glob
+import gzip
 import hashlib
 import inspect
+import io
 import json
+import lzma
+import platform
 import re
+import shutil
 import sysconfig
+import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +37,21 @@ from dept_fl.tokenizer import Tokenizer, Vocabulary
 
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+_MANY_FILES = 20
 _SMALL_FILE_BYTES = 8 << 20
-_PART_CHARACTERS = 1 << 16  # longer documents are tokenised in parts, cut behind a line end
+_PARAGRAPH_CHARACTERS = 64 << 20  # a longer one means a file without blank lines
+_PART_CHARACTERS = 1 << 16  # longer documents are tokenised in parts
 _BATCH_CHARACTERS = 1 << 20
+# Places where the pieces of our tokenizers, and of the usual byte-level ones, end.
+_SAFE_CUT = re.compile(r"\S\n(?=\S)|\S(?= \S)")
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # an escape in a string literal can write one
+
+_LEADING_COMMENTS = re.compile(
+    r"\A(?:\s*(?:#(?!include|pragma|if|define|undef|error)[^\n]*|//[^\n]*|/\*.*?\*/))*", re.DOTALL
+)
+
+Found = tuple[str, str]  # where a document lies, for errors, and its text
 
 
 # ---- documents ---------------------------------------------------------------------------
@@ -37,28 +60,30 @@ _BATCH_CHARACTERS = 1 << 20
 def documents(silo: str, source: DataSource) -> Iterator[str]:
     """The source's documents, unchanged but for empty ones, which are left out.
 
+    Line ends of .txt and package files come as "\\n", whatever they were.
+
     Raises:
         DeptError: naming the silo and the mend, for data that is missing or unreadable.
     """
     readers = {"files": _from_files, "hub": _from_hub, "packages": _from_packages}
     kind = next(key for key in readers if getattr(source, key))
     taken_bytes = 0
-    for text in readers[kind](silo, source):
+    for place, text in readers[kind](silo, source):
         if not text.strip():
             continue
-        taken_bytes += len(_utf8(silo, text))
+        taken_bytes += _utf8_bytes(silo, place, text)
         yield text
         if source.max_bytes and taken_bytes >= source.max_bytes:
             return
 
 
-def _utf8(silo: str, text: str) -> bytes:
+def _utf8_bytes(silo: str, place: str, text: str) -> int:
     try:
-        return text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as error:
         raise DeptError(
-            f"silo {silo}: text with a lone surrogate ({text[error.start]!r}), which is not "
-            "Unicode text; clean the data"
+            f"silo {silo}: {place}: text with a lone surrogate ({text[error.start]!r}), which is "
+            "not Unicode text; clean the data"
         ) from error
 
 
@@ -69,7 +94,7 @@ def source_key(source: DataSource, recipe: Recipe) -> str:
         "split": [recipe.validation_fraction, recipe.validation_max_bytes, recipe.deduplicate],
         "files": [
             (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-            for path in (_expand(source.files) if source.files else [])
+            for path in [*_expand(source.files), *_below(source.hub)]
         ],
         "versions": [_version(name) for name in source.packages],
     }
@@ -78,9 +103,14 @@ def source_key(source: DataSource, recipe: Recipe) -> str:
 
 def _version(package: str) -> str:
     try:
-        return sysconfig.get_python_version() if package == "stdlib" else metadata.version(package)
+        return platform.python_version() if package == "stdlib" else metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _below(hub: str) -> list[Path]:
+    """The files of a hub data set that is a local folder."""
+    return sorted(p for p in Path(hub).rglob("*") if p.is_file()) if hub else []
 
 
 def _expand(patterns: list[str]) -> list[Path]:
@@ -93,123 +123,219 @@ def _expand(patterns: list[str]) -> list[Path]:
         elif path.is_file():
             found.add(path)
         else:
-            found |= {Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()}
+            matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path has no absolute ones)
+            found |= {Path(match) for match in matches if Path(match).is_file()}
     return sorted(found)
 
 
 def _format(path: Path) -> str:
-    suffixes = path.suffixes
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes = suffixes[:-1]
+        suffixes.pop()
     return _FORMATS.get(suffixes[-1], "") if suffixes else ""
 
 
-def _from_files(silo: str, source: DataSource) -> Iterator[str]:
+def _from_files(silo: str, source: DataSource) -> Iterator[Found]:
     files = _expand(source.files)
     if not files:
         raise DeptError(f"silo {silo}: no file matches {source.files}; check silos.{silo}.files")
-    unknown = [str(path) for path in files if not _format(path)]
-    if unknown:
-        raise DeptError(
-            f"silo {silo}: {unknown[0]}: cannot be read; supported are "
-            f"{', '.join(sorted(_FORMATS))}, each also as {', '.join(sorted(_COMPRESSED))}"
-        )
-    for format_ in sorted({_format(path) for path in files}):
-        group = [path for path in files if _format(path) == format_]
-        yield from _from_datasets(silo, source, format_, group)
-
-
-def _from_datasets(
-    silo: str, source: DataSource, format_: str, files: list[Path]
-) -> Iterator[str]:
-    from datasets import load_dataset
-
-    options: dict[str, Any] = {}
-    if format_ == "text":
-        options = {"sample_by": _sample_by(source, files), "encoding": source.encoding}
-    column = "text" if format_ == "text" else source.column
-    try:
-        stream = load_dataset(
-            format_, data_files=[str(f) for f in files], split="train", streaming=True, **options
-        )
-        yield from _column(silo, stream, column)
-    except (DeptError, GeneratorExit):
-        raise
-    except Exception as error:  # `datasets` wraps errors of many libraries
-        raise DeptError(_unreadable(silo, source, files, error)) from error
-
-
-def _unreadable(silo: str, source: DataSource, files: list[Path], error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UnicodeDecodeError):
-            culprit = _first_undecodable(files, source.encoding)
-            return (
-                f"silo {silo}: {culprit}: not {source.encoding} text ({cause}); convert the file, "
-                f"or set silos.{silo}.encoding"
-            )
-        cause = cause.__cause__ or cause.__context__
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return f"silo {silo}: {where}: not readable: {reason}; mend or leave out the file"
-
-
-def _first_undecodable(files: list[Path], encoding: str) -> Path:
     for file in files:
-        try:
-            with file.open(encoding=encoding) as stream:
-                for _ in stream:
-                    pass
-        except (UnicodeDecodeError, OSError):
-            return file
-    return files[0]
+        if not _format(file):
+            raise DeptError(
+                f"silo {silo}: {file}: cannot be read; supported are "
+                f"{', '.join(sorted(_FORMATS))}, each also as {', '.join(sorted(_COMPRESSED))}; "
+                f"convert it or leave it out of silos.{silo}.files"
+            )
+    sample_by = _sample_by(source, [file for file in files if _format(file) == "text"])
+    for file in files:
+        yield from _from_file(silo, source, file, sample_by)
 
 
 def _sample_by(source: DataSource, files: list[Path]) -> str:
     if source.sample_by != "auto":
         return source.sample_by
-    many = len(files) >= 20
     small = all(file.stat().st_size <= _SMALL_FILE_BYTES for file in files)
-    return "document" if many and small else "paragraph"
+    return "document" if small and len(files) >= _MANY_FILES else "paragraph"
 
 
-def _from_hub(silo: str, source: DataSource) -> Iterator[str]:
+def _from_file(silo: str, source: DataSource, file: Path, sample_by: str) -> Iterator[Found]:
+    try:
+        if _format(file) == "parquet":
+            yield from _parquet(silo, source, file)
+            return
+        with _text_stream(silo, source, file) as stream:
+            if _format(file) == "json":
+                yield from _json(silo, source, file, stream)
+            else:
+                yield from ((str(file), text) for text in _SAMPLERS[sample_by](silo, file, stream))
+    except DeptError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DeptError(
+            f"silo {silo}: {file}: not {source.encoding} text (byte "
+            f"0x{error.object[error.start]:02x}: {error.reason}); convert the file, or set "
+            f"silos.{silo}.encoding"
+        ) from error
+    except Exception as error:  # of the file system, four decompressors and Parquet
+        raise DeptError(
+            f"silo {silo}: {file}: cannot be read: {_first_line(error)}; mend it or leave it out "
+            f"of silos.{silo}.files"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _text_stream(silo: str, source: DataSource, file: Path) -> IO[str]:
+    try:
+        encoding = codecs.lookup(source.encoding).name
+    except LookupError as error:
+        raise DeptError(
+            f"silo {silo}: {source.encoding!r} is no encoding that Python knows; "
+            f"set silos.{silo}.encoding"
+        ) from error
+    # A byte order mark is not part of the text.
+    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
+    return io.TextIOWrapper(_byte_stream(file), encoding=encoding)
+
+
+def _byte_stream(file: Path) -> Any:
+    suffix = file.suffix.lower()
+    if suffix == ".zst":  # Python itself reads it only from 3.14 on
+        import pyarrow  # type: ignore[import-untyped]
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)(file, "rb")
+
+
+def _whole(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
+    yield stream.read()
+
+
+def _lines(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
+    return (line.removesuffix("\n") for line in stream)
+
+
+def _paragraphs(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
+    lines: list[str] = []
+    characters = 0
+    for line in stream:
+        if line.strip():
+            lines.append(line)
+            characters += len(line)
+        elif lines:
+            yield "".join(lines).removesuffix("\n")
+            lines, characters = [], 0
+        if characters > _PARAGRAPH_CHARACTERS:
+            raise DeptError(
+                f"silo {silo}: {file}: no blank line in {characters:,} characters, so that it "
+                f"would be one document; set silos.{silo}.sample_by=line"
+            )
+    yield "".join(lines).removesuffix("\n")
+
+
+_SAMPLERS = {"document": _whole, "paragraph": _paragraphs, "line": _lines}
+
+
+def _json(silo: str, source: DataSource, file: Path, stream: IO[str]) -> Iterator[Found]:
+    """Rows of JSON Lines, or of one array of objects."""
+    blank = 0
+    while (first := stream.readline()).isspace():
+        blank += 1
+    if first.lstrip().startswith("["):
+        rows = _parsed(silo, str(file), first + stream.read())
+        for number, row in enumerate(rows, start=1):
+            yield from _in_column(silo, source, f"{file}, item {number}", row)
+        return
+    for number, line in enumerate(chain([first], stream), start=blank + 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            yield from _in_column(silo, source, place, _parsed(silo, place, line))
+
+
+def _parsed(silo: str, place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DeptError(
+            f"silo {silo}: {place}: not JSON: {error.msg} at character {error.pos}; "
+            "mend it or leave it out"
+        ) from error
+
+
+def _parquet(silo: str, source: DataSource, file: Path) -> Iterator[Found]:
+    from pyarrow import parquet
+
+    with _seekable(file) as stream:
+        table = parquet.ParquetFile(stream, buffer_size=1 << 20)
+        names = dict.fromkeys(table.schema_arrow.names)
+        if source.column not in names:
+            yield from _in_column(silo, source, str(file), names)
+        number = 0
+        for batch in table.iter_batches(batch_size=1000, columns=[source.column]):
+            for value in batch.column(source.column).to_pylist():
+                number += 1
+                row = {source.column: value}
+                yield from _in_column(silo, source, f"{file}, row {number}", row)
+
+
+@contextmanager
+def _seekable(file: Path) -> Iterator[Any]:
+    with _byte_stream(file) as stream:
+        if file.suffix.lower() not in _COMPRESSED:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(stream, plain)
+            plain.seek(0)
+            yield plain
+
+
+def _in_column(silo: str, source: DataSource, place: str, row: Any) -> Iterator[Found]:
+    """The row's text with its place; nothing where it is null."""
+    column = source.column
+    if not isinstance(row, Mapping):
+        raise DeptError(
+            f"silo {silo}: {place}: {type(row).__name__} instead of an object such as "
+            f'{{"{column}": "..."}}; mend the data'
+        )
+    if column not in row:
+        raise DeptError(
+            f"silo {silo}: {place}: no column {column!r}; columns: {', '.join(map(str, row))}; "
+            f"set silos.{silo}.column"
+        )
+    value = row[column]
+    if isinstance(value, str):
+        yield place, value
+    elif value is not None:
+        raise DeptError(
+            f"silo {silo}: {place}: column {column!r} holds {type(value).__name__}, not text; "
+            f"set silos.{silo}.column"
+        )
+
+
+def _from_hub(silo: str, source: DataSource) -> Iterator[Found]:
     from datasets import load_dataset
 
     try:
         stream = load_dataset(
             source.hub, source.hub_config or None, split=source.hub_split, streaming=True
         )
-        yield from _column(silo, stream, source.column)
-    except (DeptError, GeneratorExit):
+        for number, row in enumerate(stream, start=1):
+            yield from _in_column(silo, source, f"{source.hub}, row {number}", row)
+    except DeptError:
         raise
     except Exception as error:  # network, hub and reader errors of several libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DeptError(
             f"silo {silo}: hub data set {source.hub!r} (config {source.hub_config!r}, split "
-            f"{source.hub_split!r}) cannot be read: {reason}"
+            f"{source.hub_split!r}) cannot be read: {_first_line(error)}; check "
+            f"silos.{silo}.hub, hub_config and hub_split"
         ) from error
 
 
-def _column(silo: str, stream: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
-    for row in stream:
-        if column not in row:
-            raise DeptError(
-                f"silo {silo}: no column {column!r}; columns: {', '.join(map(str, row))}; "
-                f"set silos.{silo}.column"
-            )
-        value = row[column]
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise DeptError(
-                f"silo {silo}: column {column!r} holds {type(value).__name__}, not text; "
-                f"set silos.{silo}.column"
-            )
-        yield value
-
-
-def _from_packages(silo: str, source: DataSource) -> Iterator[str]:
+def _from_packages(silo: str, source: DataSource) -> Iterator[Found]:
     """Package files in an order mixed by a digest of their path, so that a cut is a sample."""
     found = [pair for name in source.packages for pair in _package_files(silo, name)]
     chosen = [
@@ -222,24 +348,25 @@ def _from_packages(silo: str, source: DataSource) -> Iterator[str]:
             f"silo {silo}: no file of {source.packages} matches {source.include}; "
             f"check silos.{silo}.include"
         )
-    for _, path in sorted(chosen, key=lambda pair: _digest(pair[0])):
+    for label, path in sorted(chosen, key=lambda pair: _digest(pair[0])):
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue  # packages ship a few files that are wrong on purpose
         if source.content == "docstrings":
-            yield docstrings(text)
+            yield label, docstrings(text)
         else:
-            yield without_licence(text) if source.content == "code" else text
+            yield label, without_licence(text) if source.content == "code" else text
 
 
 def _package_files(silo: str, name: str) -> list[tuple[str, Path]]:
+    """Files with their paths below the standard library or below site-packages."""
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = (p for p in root.rglob("*") if p.is_file())
-        pairs = [(f"stdlib/{p.relative_to(root).as_posix()}", p) for p in paths]
+        pairs = [(p.relative_to(root).as_posix(), p) for p in paths]
         skip = ("/site-packages/", "/test/", "/tests/", "/idle_test/", "/__pycache__/")
-        return [pair for pair in pairs if not any(part in pair[0] for part in skip)]
+        return [pair for pair in pairs if not any(part in f"/{pair[0]}" for part in skip)]
     try:
         listed = metadata.files(name)
     except metadata.PackageNotFoundError as error:
@@ -252,19 +379,20 @@ def _package_files(silo: str, name: str) -> list[tuple[str, Path]]:
 
 def without_licence(text: str) -> str:
     """Source text without its leading comments, which repeat a licence in every file."""
-    return re.sub(r"\A(?:\s*(?:#(?!include|pragma|ifn?def)[^\n]*|//[^\n]*|/\*.*?\*/))*", "", text,
-                  flags=re.DOTALL).lstrip("\n")  # fmt: skip
+    return _LEADING_COMMENTS.sub("", text).lstrip("\n")
 
 
 def docstrings(source_text: str, at_least_characters: int = 200) -> str:
     """The longer docstrings of a Python file, in order, as one document."""
     try:
-        tree = ast.parse(source_text)
-    except (SyntaxError, ValueError, RecursionError):
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in others' strings
+            tree = ast.parse(source_text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
-    return "\n\n".join(inspect.cleandoc(d) for d in found if d and len(d) >= at_least_characters)
+    long = (inspect.cleandoc(d) for d in found if d and len(d) >= at_least_characters)
+    return "\n\n".join(d for d in long if not _SURROGATE.search(d))
 
 
 def _digest(text: str) -> bytes:
@@ -292,18 +420,23 @@ class Corpus:
                 yield json.loads(line)
 
     def training_sample(self, at_most_bytes: int) -> Iterator[str]:
-        """Every n-th training document, so that all together hold at most about this much."""
+        """Every n-th training document, so many that they hold about this much, and no more."""
         stride = -(-self.train_bytes // at_most_bytes)
+        left = at_most_bytes
         for i, text in enumerate(self.texts("train")):
             if i % stride == 0:
-                yield text
+                head = text.encode()[:left].decode(errors="ignore")
+                left -= len(text.encode())
+                yield head
+            if left <= 0:
+                return
 
 
 def load_corpus(silo: str, source: DataSource, recipe: Recipe, parent: Path) -> Corpus:
     """The silo's corpus from its cache, made at first use.
 
-    A document's digest alone decides its split, so that every variant, seed and tokenizer
-    is validated on the same text.
+    The documents and their order alone decide the split, so that every variant, seed and
+    tokenizer is validated on the same text.
     """
     folder = parent / source_key(source, recipe)
     if not folder.is_dir():
@@ -315,7 +448,7 @@ def load_corpus(silo: str, source: DataSource, recipe: Recipe, parent: Path) -> 
 
 
 def _write_corpus(silo: str, source: DataSource, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    seen: set[bytes] = set()
+    known: set[bytes] = set()
     digest = hashlib.sha256()
     counts = dict.fromkeys(
         ("train_documents", "train_bytes", "validation_documents", "validation_bytes"), 0
@@ -327,19 +460,20 @@ def _write_corpus(silo: str, source: DataSource, recipe: Recipe, folder: Path) -
     ):
         for text in documents(silo, source):
             key = _digest(" ".join(text.split()))
-            if recipe.deduplicate and key in seen:
+            if key in known:
                 duplicates += 1
                 continue
-            seen.add(key)
-            # A keyed hash of the same text; "<" keeps the share in expectation.
-            held_out = int.from_bytes(key) < recipe.validation_fraction * 2**64
-            full = counts["validation_bytes"] >= recipe.validation_max_bytes
-            split = "validation" if held_out and not full else "train"
+            size = len(text.encode())
+            chosen = int.from_bytes(key) < recipe.validation_fraction * 2**64
+            fits = counts["validation_bytes"] + size <= recipe.validation_max_bytes
+            split = "validation" if chosen and fits else "train"
+            if recipe.deduplicate or chosen:  # a copy must never be on the other side
+                known.add(key)
             line = json.dumps(text, ensure_ascii=False) + "\n"
             (validation if split == "validation" else train).write(line)
             digest.update(f"{split} {line}".encode())
             counts[f"{split}_documents"] += 1
-            counts[f"{split}_bytes"] += len(text.encode())
+            counts[f"{split}_bytes"] += size
     _check_corpus(silo, counts, recipe)
     return {**counts, "duplicates": duplicates, "digest": digest.hexdigest()}
 
@@ -352,8 +486,9 @@ def _check_corpus(silo: str, counts: Mapping[str, int], recipe: Recipe) -> None:
         if not counts[f"{split}_documents"]:
             raise DeptError(
                 f"silo {silo}: none of its {total} documents fell into the {split} split; give "
-                f"more or smaller documents (silos.{silo}.sample_by=paragraph for .txt), or "
-                f"change validation_fraction={recipe.validation_fraction}"
+                f"more or smaller documents (for .txt, silos.{silo}.sample_by=paragraph or line), "
+                f"or change validation_fraction={recipe.validation_fraction} or "
+                f"validation_max_bytes={recipe.validation_max_bytes}"
             )
 
 
@@ -419,7 +554,7 @@ def _write_tokens(
     counts = np.zeros(tokenizer.size, dtype=np.int64)
     with _NpyWriter(folder / "train.npy", dtype) as train:
         for ids in _packed(corpus.texts("train"), tokenizer):
-            np.add.at(counts, ids, 1)
+            counts += np.bincount(ids, minlength=tokenizer.size)
             train.append(ids)
     if restrict:
         vocabulary = Vocabulary.of_training_split(tokenizer, counts.nonzero()[0], silo)
@@ -436,17 +571,18 @@ def _write_tokens(
 def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:
     """The token stream in pieces: the end id, then each document and the end id behind it."""
     yield np.asarray([tokenizer.end_id], dtype=np.int64)
+    separable = _separable(tokenizer)
     batch: list[str] = []
     ends: list[bool] = []
     characters = 0
     for text in texts:
-        parts = _parts(text)
-        batch += parts
-        ends += [False] * (len(parts) - 1) + [True]
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield _encode(batch, ends, tokenizer)
-            batch, ends, characters = [], [], 0
+        for part, last in _parts(text) if separable else [(text, True)]:
+            batch.append(part)
+            ends.append(last)
+            characters += len(part)
+            if characters >= _BATCH_CHARACTERS:
+                yield _encode(batch, ends, tokenizer)
+                batch, ends, characters = [], [], 0
     if batch:
         yield _encode(batch, ends, tokenizer)
 
@@ -460,14 +596,25 @@ def _encode(batch: list[str], ends: list[bool], tokenizer: Tokenizer) -> npt.NDA
     return np.asarray(ids, dtype=np.int64)
 
 
-def _parts(text: str) -> list[str]:
-    """A document in parts of bounded length; no piece of ours spans a line end, so ids agree."""
-    parts: list[str] = []
-    while len(text) > _PART_CHARACTERS:
-        cut = text.rfind("\n", 0, _PART_CHARACTERS) + 1 or _PART_CHARACTERS
-        parts.append(text[:cut])
-        text = text[cut:]
-    return [*parts, text]
+def _separable(tokenizer: Tokenizer) -> bool:
+    """Whether parts cut at `_SAFE_CUT` give the ids of the whole: not so with a prefix space."""
+    whole, *parts = tokenizer.encode(["a\nb c", "a\n", "b", " c"])
+    return whole == list(chain.from_iterable(parts))
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """A document in parts of bounded length, with a flag on the last.
+
+    A part ends where no piece goes on; only an unbroken run longer than a part is cut within.
+    """
+    start = 0
+    while len(text) - start > _PART_CHARACTERS:
+        limit = start + _PART_CHARACTERS
+        safe = [match.end() for match in _SAFE_CUT.finditer(text, start, limit)]
+        cut = safe[-1] if safe else limit
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
 
 
 class _NpyWriter:
@@ -520,8 +667,9 @@ class Batches:
 
     def at(self, position: int, count: int) -> npt.NDArray[np.int64]:
         """[count, L + 1] local ids: inputs are [:, :-1], targets [:, 1:]."""
-        rows = [self._sequence(position + i) for i in range(count)]
-        return self._local[np.stack(rows)]
+        rows = np.stack([self._sequence(position + i) for i in range(count)])
+        local: npt.NDArray[np.int64] = self._local[rows]
+        return local
 
     def _sequence(self, position: int) -> npt.NDArray[Any]:
         epoch, within = divmod(position, self.sequences)

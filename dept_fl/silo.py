@@ -219,7 +219,7 @@ class Silo:
         seed = seed_of(self.recipe.seed, "sample", self.name)
         text = sample(model, self.stream, self.tokenizer, self.recipe.sample_tokens, seed)
         tensors = {**with_prefix("body", task.body), **with_prefix("embeddings", embeddings)}
-        meta = {**self._tags(task.round), "recipe": json.loads(self.recipe.to_json())}
+        meta = {**self._tags(task.round - 1), "recipe": json.loads(self.recipe.to_json())}
         save_state(self.final_folder, tensors, meta)
         write_whole(self.final_folder / "sample.txt", text)
         return metrics, text

@@ -282,8 +282,8 @@ class DeptStrategy(Strategy):
         if update.silo != silo:
             raise BadUpdate(f"answers for silo {update.silo!r}")
         evaluated = _evaluated(update.metrics)
+        own = _trained(update.metrics)
         self._server.add(self._merge, update)
-        own = {k: v for k, v in update.metrics.items() if not k.startswith("eval_")}
         up, down = records.split_bytes(content), self._sent_bytes[silo]
         return {
             "silo": silo,
@@ -417,6 +417,13 @@ def _evaluated(metrics: dict[str, float]) -> Event:
         return {k: finite(metrics[_EVALUATED_BY.get(k, f"eval_{k}")]) for k in _EVALUATED}
     except KeyError as error:
         raise BadUpdate(f"has no metric {error}") from error
+
+
+def _trained(metrics: dict[str, float]) -> Event:
+    missing = [key for key in ("loss", "tokens", "train_s") if key not in metrics]
+    if missing:
+        raise BadUpdate(f"has no metric {missing[0]!r}")
+    return {key: value for key, value in metrics.items() if not key.startswith("eval_")}
 
 
 def _content(reply: Message) -> RecordDict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,7 @@ from dept_fl.errors import DeptError
 
 Ids = list[int]
 _SPACE = "▁"  # U+2581, which SentencePiece writes for a space
-_LONGEST_LINE = 4000  # bytes; the trainer skips lines over 4192 without a word
+_LONGEST_LINE = 1000  # characters; the trainer skips lines over 4192 bytes without a word
 
 
 class Tokenizer(Protocol):
@@ -49,11 +50,13 @@ class SentencePieceTokenizer:
     """A SentencePiece model. One trained by `train` is lossless: decode(encode(x)) == x."""
 
     def __init__(self, model: bytes) -> None:
+        if not model:  # the processor would stay empty without a word
+            raise DeptError("an empty SentencePiece model")
         self._processor = spm.SentencePieceProcessor(model_proto=model)
         self.size: int = self._processor.get_piece_size()
         end = self._processor.eos_id()
         if end < 0:
-            raise DeptError("SentencePiece model without an end-of-sentence id: it cannot be used")
+            raise DeptError("a SentencePiece model without an end-of-sentence id")
         self.end_id: int = end
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
@@ -96,33 +99,41 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # of several libraries, none of them documented
-            raise DeptError(
-                f"shared_tokenizer={name!r}: not a SentencePiece file, and transformers cannot "
-                f"load it: {str(error).splitlines()[0]}"
-            ) from error
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise _unusable(name, f"transformers cannot load it: {reason}") from error
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise DeptError(f"shared_tokenizer={name!r}: a slow tokenizer; convert it to a fast one")
+            raise _unusable(name, "a slow tokenizer")
         end = self._tokenizer.eos_token_id
         end = self._tokenizer.sep_token_id if end is None else end
         if end is None:
-            raise DeptError(f"shared_tokenizer={name!r}: has no eos or sep token to end documents")
+            raise _unusable(name, "has no eos or sep token to end documents")
         self.end_id: int = end
-        self.size: int = max(self._tokenizer.get_vocab().values()) + 1
-        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        vocabulary = self._tokenizer.get_vocab()
+        self.size: int = max(vocabulary.values()) + 1
+        self._byte_level = set(_byte_level_alphabet()) <= vocabulary.keys()
+        self.fingerprint = hashlib.sha256(f"{end} {backend.to_str()}".encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        encoded: list[Ids] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        # Text that looks like a special token is text: it must not end a document.
+        encoded: list[Ids] = self._tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return text
+        listed = [int(i) for i in ids]
+        return str(self._tokenizer.decode(listed, clean_up_tokenization_spaces=False))
 
     def pieces(self) -> list[str]:
+        alphabet = _byte_level_alphabet()
+        known = set(alphabet)
         names = [""] * self.size
         for piece, index in self._tokenizer.get_vocab().items():
-            names[index] = piece
+            if self._byte_level and not known.issuperset(piece):  # added to it as plain text
+                names[index] = "".join(alphabet[byte] for byte in piece.encode())
+            else:
+                names[index] = piece
         return names
 
     def specials(self) -> set[int]:
@@ -130,16 +141,29 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """A SentencePiece file (`.model`), else a Hugging Face folder or name."""
+    """A SentencePiece file (`.model`), else a Hugging Face folder or name.
+
+    Raises:
+        DeptError: naming the tokenizer and the mend, where it cannot be used.
+    """
     path = Path(name)
-    if path.is_file() and path.suffix == ".model":
-        try:
-            return SentencePieceTokenizer(path.read_bytes())
-        except (RuntimeError, OSError) as error:
-            raise DeptError(f"{path}: not a SentencePiece model: {error}") from error
-    if path.suffix == ".model":
-        raise DeptError(f"shared_tokenizer={str(name)!r}: no such file")
-    return HuggingFaceTokenizer(str(name))
+    if path.suffix != ".model":
+        return HuggingFaceTokenizer(str(name))
+    if not path.is_file():
+        raise _unusable(name, "no such file")
+    try:
+        return SentencePieceTokenizer(path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise _unusable(name, "not readable as a SentencePiece model") from error
+    except DeptError as error:
+        raise _unusable(name, str(error)) from error
+
+
+def _unusable(name: str | Path, reason: str) -> DeptError:
+    return DeptError(
+        f"shared_tokenizer={str(name)!r}: {reason}; give a SentencePiece .model with an end id, "
+        "or the folder or hub name of a fast Hugging Face tokenizer with an eos token"
+    )
 
 
 def train_sentencepiece(owner: str, documents: Iterable[str], vocab_size: int) -> bytes:
@@ -178,24 +202,26 @@ def train_sentencepiece(owner: str, documents: Iterable[str], vocab_size: int) -
     except RuntimeError as error:
         raise DeptError(
             f"silo {owner}: no tokenizer of vocab_size={vocab_size} can be trained on its text: "
-            f"{_trainer_reason(error)}; lower vocab_size or give more text"
+            f"{_trainer_reason(str(error))}"
         ) from error
     return model.getvalue()
 
 
-def _trainer_reason(error: RuntimeError) -> str:
-    text = str(error).strip()
-    start = text.find("Vocabulary size")
-    return text[start:] if start >= 0 else text.splitlines()[-1]
+def _trainer_reason(message: str) -> str:
+    """The trainer's error with the mend, from the numbers in it."""
+    if most := re.search(r"size too high .* <= (\d+)", message):
+        return f"it has pieces for {most[1]} at most; lower vocab_size or give more text"
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"its characters alone take {least[1]}; raise vocab_size"
+    reason = message.strip().splitlines()[-1]
+    return f"the trainer finds no text it can use ({reason}); give more text"
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
     for document in documents:
         for line in document.splitlines():
-            while line:
-                head = line.encode()[:_LONGEST_LINE].decode(errors="ignore")
-                yield head
-                line = line[len(head) :]
+            for start in range(0, len(line), _LONGEST_LINE):
+                yield line[start : start + _LONGEST_LINE]
 
 
 class Vocabulary:
@@ -265,16 +291,17 @@ class Rewriter:
         return out
 
     def _split(self, piece: str) -> Ids:
-        # best[end]: fewest ids that write piece[:end]
-        best: list[Ids] = [[]]
-        for end in range(1, len(piece) + 1):
-            options = [best[end - 1] + self._character(piece[end - 1])]
-            for start in range(max(0, end - self._longest), end):
-                whole = self._id_of.get(piece[start:end])
-                if whole is not None:
-                    options.append([*best[start], whole])
-            best.append(min(options, key=len))
-        return best[-1]
+        # best[start]: the fewest ids that write piece[start:]
+        best: list[Ids] = [[] for _ in range(len(piece) + 1)]
+        for start in reversed(range(len(piece))):
+            options = [
+                [self._id_of[piece[start:end]], *best[end]]
+                for end in range(min(len(piece), start + self._longest), start, -1)
+                if piece[start:end] in self._id_of
+            ]
+            options.append(self._character(piece[start]) + best[start + 1])
+            best[start] = min(options, key=len)  # of equals the first, which is the longest
+        return best[0]
 
     def _character(self, character: str) -> Ids:
         known = self._id_of.get(character)
@@ -290,7 +317,9 @@ def byte_ids(tokenizer: Tokenizer, owner: str) -> Ids:
     Raises:
         DeptError: the tokenizer has none, so that a part of it cannot write any text.
     """
-    index = {piece: i for i, piece in enumerate(tokenizer.pieces())}
+    index: dict[str, int] = {}
+    for i, piece in enumerate(tokenizer.pieces()):
+        index.setdefault(piece, i)
     for names in ([f"<0x{byte:02X}>" for byte in range(256)], _byte_level_alphabet()):
         if all(name in index for name in names):
             return [index[name] for name in names]

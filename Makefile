@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up .venv themselves; nothing else is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= $(or $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT),39091)
+
+.PHONY: demo test check format setup stop clean
+
+demo: setup  ## pre-train across the demo's silos, everything written into this folder
+	DEPT_HOME="$(CURDIR)" $(BIN)/dept run conf/demo.yaml
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.ready
+
+# torch first and alone: elsewhere than on a CPU machine, pick its index as PyTorch's site says.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+stop:  ## end the local SuperLink that a plain `flwr run .` leaves behind
+	@pids=$$(pgrep -f 'flower-superlink .*--port $(PORT)( |$$)'); \
+	if [ -n "$$pids" ]; then kill $$pids && echo "ended the SuperLink on port $(PORT)"; \
+	else echo "no local SuperLink on port $(PORT)"; fi
+
+clean:  ## remove what the demo wrote here
+	rm -rf silos runs flower tokenizers/*/
