@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from dept_fl import records
 from dept_fl.config import Recipe, home_dir
 from dept_fl.errors import DeptError
-from dept_fl.silo import Silo
+from dept_fl.silo import Silo, Task
 
 app = ClientApp()
 Handler = Callable[[Message, Context], RecordDict]
@@ -87,7 +87,7 @@ def _silo(message: Message, context: Context) -> Silo:
     return Silo(header.silo, header.recipe, home, header.experiment)
 
 
-def _task(message: Message, silo: Silo) -> records.Task:
+def _task(message: Message, silo: Silo) -> Task:
     return records.read_task(
         message.content, silo.name, silo.layout.body, silo.received_embedding_shapes
     )

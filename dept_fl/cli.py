@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from dept_fl.errors import DeptError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="DEPT pre-training on Flower.")
 
+_COMPLETED = "finished:completed"
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 
@@ -64,7 +66,7 @@ def run(
     except KeyboardInterrupt:
         typer.echo("stopped; go on with --resume and the same --run-dir", err=True)
         raise typer.Exit(130) from None
-    if status != "finished:completed":
+    if status != _COMPLETED:
         typer.echo(f"error: the run ended as {status}", err=True)
         raise typer.Exit(1)
 
@@ -90,7 +92,10 @@ def _simulate(config: dict[str, Any], nodes: int, cpus: int) -> str:
         except KeyboardInterrupt:
             _stop_runs(connection, environment)
             raise
-        return _last_status(connection, environment)
+        status = _last_status(connection, environment)
+    if status == _COMPLETED:
+        shutil.rmtree(environment["FLWR_HOME"])  # Flower's copy of the app and its logs
+    return status
 
 
 def _toml(value: object) -> str:

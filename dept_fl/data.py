@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import lzma
+import os
 import platform
 import re
 import shutil
@@ -42,6 +43,7 @@ _SMALL_FILE_BYTES = 8 << 20
 _PARAGRAPH_CHARACTERS = 64 << 20  # a longer one means a file without blank lines
 _PART_CHARACTERS = 1 << 16  # longer documents are tokenised in parts
 _BATCH_CHARACTERS = 1 << 20
+_NOT_STANDARD_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 # Places where the pieces of our tokenizers, and of the usual byte-level ones, end.
 _SAFE_CUT = re.compile(r"\S\n(?=\S)|\S(?= \S)")
 
@@ -363,10 +365,7 @@ def _package_files(silo: str, name: str) -> list[tuple[str, Path]]:
     """Files with their paths below the standard library or below site-packages."""
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = (p for p in root.rglob("*") if p.is_file())
-        pairs = [(p.relative_to(root).as_posix(), p) for p in paths]
-        skip = ("/site-packages/", "/test/", "/tests/", "/idle_test/", "/__pycache__/")
-        return [pair for pair in pairs if not any(part in f"/{pair[0]}" for part in skip)]
+        return [(path.relative_to(root).as_posix(), path) for path in _standard_library(root)]
     try:
         listed = metadata.files(name)
     except metadata.PackageNotFoundError as error:
@@ -375,6 +374,12 @@ def _package_files(silo: str, name: str) -> list[tuple[str, Path]]:
             f"silos.{silo}.packages"
         ) from error
     return [(f.as_posix(), Path(str(f.locate()))) for f in listed or [] if ".." not in f.parts]
+
+
+def _standard_library(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_STANDARD_LIBRARY]
+        yield from (Path(folder, name) for name in names)
 
 
 def without_licence(text: str) -> str:

@@ -107,7 +107,9 @@ def sample(
     return tokenizer.decode([int(stream.vocabulary.ids[i]) for i in ids[0, 1:].tolist()])
 
 
-def _draw(model: nn.Module, ids: torch.Tensor, length: int, temperature: float = 0.8) -> torch.Tensor:
+def _draw(
+    model: nn.Module, ids: torch.Tensor, length: int, temperature: float = 0.8
+) -> torch.Tensor:
     for _ in range(length):
         logits = model(input_ids=ids).logits[:, -1].float() / temperature
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)

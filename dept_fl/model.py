@@ -89,9 +89,7 @@ def layout(model: ModelConfig, sequence_tokens: int) -> Layout:
     base = _probe(model, _PROBE_VOCABULARY, sequence_tokens)
     wider = _shapes(_probe(model, _PROBE_VOCABULARY + 1, sequence_tokens))
     longer = _shapes(_probe(model, _PROBE_VOCABULARY, 2 * sequence_tokens))
-    tables = {
-        f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Embedding)
-    }
+    tables = {f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Embedding)}
     found = Layout(body={}, tokens={}, positions={})
     for name, shape in _shapes(base).items():
         if wider[name] != shape:
@@ -184,5 +182,7 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
         )
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ConfigError([f"model.config: transformers cannot build it: {reason[:200]}"]) from error
+        raise ConfigError(
+            [f"model.config: transformers cannot build it: {reason[:200]}"]
+        ) from error
     return model

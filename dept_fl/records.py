@@ -1,12 +1,12 @@
 """The door of a silo: everything that crosses its border is made and read here.
 
-| message        | to the silo                              | back to the server                      |
-|----------------|------------------------------------------|-----------------------------------------|
-| query          | recipe                                   | names of the silos on the node          |
-| query.register | recipe, silo                             | counts and sizes; in TRIM the ids of V_k|
-| train          | recipe, silo, rounds, body; in GLOB and  | deltas of the same tensors, metrics     |
-|                | TRIM embeddings                          |                                         |
-| evaluate       | as train                                 | metrics; a sample where it is shared    |
+| message        | to the silo                     | back to the server                       |
+|----------------|---------------------------------|------------------------------------------|
+| query          | recipe                          | names of the silos on the node           |
+| query.register | recipe, silo                    | counts and sizes; in TRIM the ids of V_k |
+| train          | recipe, silo, rounds, body; in  | deltas of the same tensors, metrics      |
+|                | GLOB and TRIM embeddings        |                                          |
+| evaluate       | as train                        | metrics; a sample where it is shared     |
 
 In SPEC no array but the body's, and no token string or id, ever crosses.
 """
@@ -195,7 +195,7 @@ def read_registration(content: RecordDict, silo: str) -> Registration:
         fingerprint=str(record.get("fingerprint", "")),
         on_gpu=bool(record.get("on_gpu", False)),
         rows=rows,
-        **counts,  # type: ignore[arg-type]
+        **counts,
         **measures,  # type: ignore[arg-type]
     )
 
@@ -222,7 +222,9 @@ def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes) 
             start_round=int(_number(record, "start_round")),
             keep_from=int(_number(record, "keep_from")),
             body=from_record(content.array_records[BODY], body),
-            embeddings=from_record(content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings),
+            embeddings=from_record(
+                content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings
+            ),
         )
     except (BadUpdate, KeyError) as error:
         raise DeptError(f"silo {silo}: the server's message is not usable: {error}") from error

@@ -63,14 +63,18 @@ class Screen:
         self._console.print(text)
 
     def table(self, head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
-        table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="")
+        table = Table(
+            box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style=""
+        )
         for i, name in enumerate(head):
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         self._console.print(table)
 
-    def plan(self, costs: Mapping[str, Cost], registrations: Iterable[Any], words: list[str]) -> None:
+    def plan(
+        self, costs: Mapping[str, Cost], registrations: Iterable[Any], words: list[str]
+    ) -> None:
         for text in words:
             self.line(text)
         rows = [

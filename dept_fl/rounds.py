@@ -215,7 +215,17 @@ class Server:
                 "give all the same file"
             )
         for registration in self.registrations.values():
+            self._check_vocabulary(registration)
             _check_rows(registration, self._variant.rows_known)
+
+    def _check_vocabulary(self, registration: Registration) -> None:
+        sizes = {r.tokenizer_size for r in self.registrations.values()}
+        whole = registration.vocabulary == registration.tokenizer_size
+        if len(sizes) > 1 or not (whole or self._variant.restricts_vocabulary):
+            raise DeptError(
+                f"silo {registration.silo}: says it has {registration.vocabulary} of "
+                f"{registration.tokenizer_size} tokens; the silos' tokenizers have {sorted(sizes)}"
+            )
 
     def save(self, run_dir: Path) -> None:
         """Write the checkpoint of the round just done; older ones but one are dropped."""

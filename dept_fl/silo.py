@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from dept_fl.checkpoint import (
     Tensors,
@@ -28,7 +30,7 @@ from dept_fl.checkpoint import (
 from dept_fl.config import Recipe
 from dept_fl.data import Batches, Corpus, TokenStream, check_enough, load_corpus, load_tokens
 from dept_fl.errors import DeptError
-from dept_fl.evaluate import Evaluation, evaluate, sample
+from dept_fl.evaluate import Evaluation, bits_per_byte, evaluate, sample
 from dept_fl.model import Layout, build, initial_embeddings, join, layout, parameters, seed_of
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from dept_fl.train import Training, pick_device, train
@@ -123,7 +125,9 @@ class Silo:
         source = self.recipe.silos.get(self.name)
         if source is None:
             raise DeptError(f"silo {self.name}: not in the recipe's silos")
-        return load_corpus(self.name, source, self.recipe, self._home / "silos" / self.name / "text")
+        return load_corpus(
+            self.name, source, self.recipe, self._home / "silos" / self.name / "text"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -174,7 +178,7 @@ class Silo:
             validation_bytes=stream.validation_bytes,
             train_documents=self.corpus.train_documents,
             duplicates=self.corpus.duplicates,
-            unigram_bits_per_byte=nats / 0.6931471805599453 / stream.validation_bytes,
+            unigram_bits_per_byte=bits_per_byte(nats, stream.validation_bytes),
             step_s=self._measure_step(),
             prepare_s=prepare_s,
             on_gpu=self._device.type == "cuda",
@@ -264,17 +268,17 @@ class Silo:
             recipe.model, size, recipe.sequence_tokens, self.layout, recipe.seed, self.name
         )
 
-    def _model(self, body: Tensors, embeddings: Tensors) -> Any:
+    def _model(self, body: Tensors, embeddings: Tensors) -> PreTrainedModel:
         recipe, vocabulary = self.recipe, self.stream.vocabulary
         end_id = int(vocabulary.local_ids()[self.tokenizer.end_id])
         model = build(recipe.model, vocabulary.size, recipe.sequence_tokens, 0, end_id)
         join(model, body, embeddings)
-        return model.to(self._device)
+        return _on(model, self._device)
 
-    def _evaluate(self, model: Any) -> Evaluation:
+    def _evaluate(self, model: PreTrainedModel) -> Evaluation:
         return evaluate(model, self.stream, self.recipe.sequence_tokens, self.recipe.inner)
 
-    def _train(self, model: Any, task: Task, state: _State) -> Training:
+    def _train(self, model: PreTrainedModel, task: Task, state: _State) -> Training:
         recipe = self.recipe
         first_step = (task.round - 1) * recipe.inner.local_steps
         seed = seed_of(recipe.seed, "batches", self.name)
@@ -314,7 +318,7 @@ class Silo:
         steps = replace(recipe.inner, local_steps=1)
         seconds = 0.0
         for _ in range(2):  # the first one pays for warming up
-            once = train(model.to(self._device), batches, steps, 0, recipe.total_steps, 0, {})
+            once = train(_on(model, self._device), batches, steps, 0, recipe.total_steps, 0, {})
             seconds = once.seconds
         return seconds
 
@@ -352,6 +356,11 @@ def _trained_tokenizer(
         with whole_folder(file.parent) as draft:
             (draft / file.name).write_bytes(model)
     return SentencePieceTokenizer(file.read_bytes())
+
+
+def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    cast(nn.Module, model).to(device)  # in place; transformers' own signature is too narrow
+    return model
 
 
 def _norm(tensors: Tensors) -> float:

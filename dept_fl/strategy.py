@@ -103,6 +103,12 @@ class DeptStrategy(Strategy):
                 break
             left = self._recipe.round_attempts - attempt - 1
             self._screen.line(f"round {self._merge.round}: below the quorum; attempts left: {left}")
+        else:
+            if self._simulated:
+                self._screen.line(
+                    "Flower never replaces a simulation worker that died; if one did, start "
+                    "again with resume=true"
+                )
         self._close_round(began)
 
     def _close_round(self, began: float) -> None:

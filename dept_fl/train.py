@@ -88,19 +88,24 @@ def train(
 
 
 def _accumulate(
-    model: nn.Module, sequences: torch.Tensor, per_pass: int, precision: AbstractContextManager[None]
+    model: nn.Module,
+    sequences: torch.Tensor,
+    per_pass: int,
+    precision: AbstractContextManager[None],
 ) -> torch.Tensor:
     """Gradients of the mean loss over all sequences, a few of them at a time."""
     total = torch.zeros((), device=sequences.device)
     for part in sequences.split(per_pass):
         with precision:
             share = next_token_loss(model, part) * (len(part) / len(sequences))
-        share.backward()  # type: ignore[no-untyped-call]
+        share.backward()
         total += share.detach()
     return total
 
 
-def next_token_loss(model: nn.Module, sequences: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def next_token_loss(
+    model: nn.Module, sequences: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
     """Cross-entropy in nats of tokens 1..L given those before. sequences: [B, L + 1] ids."""
     logits = model(input_ids=sequences[:, :-1]).logits
     targets = sequences[:, 1:].flatten()

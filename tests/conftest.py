@@ -40,7 +40,9 @@ WORDS = {
 }
 
 
-def write_text(folder: Path, silo: str, documents: int = 60, words: list[str] | None = None) -> None:
+def write_text(
+    folder: Path, silo: str, documents: int = 60, words: list[str] | None = None
+) -> None:
     """documents lines of JSONL, drawn from a silo's words."""
     draw = random.Random(silo)
     # Compounds, since a dozen words alone have too few pieces for a vocabulary.

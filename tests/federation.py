@@ -66,7 +66,10 @@ class InProcessGrid(Grid):
     """
 
     def __init__(
-        self, nodes: int, home: Path, tamper: Callable[[Message, Message], Message | None] | None = None
+        self,
+        nodes: int,
+        home: Path,
+        tamper: Callable[[Message, Message], Message | None] | None = None,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._home, self._tamper = home, tamper

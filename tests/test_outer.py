@@ -48,9 +48,7 @@ def test_untied_heads_share_the_holders_of_their_rows():
         {"phi": rows(1.0, 1.0), "head": rows(2.0, 2.0), "bias": torch.tensor([3.0, 3.0])},
         torch.tensor([0, 1]),
     )
-    mean.add(
-        {"phi": rows(3.0), "head": rows(6.0), "bias": torch.tensor([9.0])}, torch.tensor([1])
-    )
+    mean.add({"phi": rows(3.0), "head": rows(6.0), "bias": torch.tensor([9.0])}, torch.tensor([1]))
     found = mean.mean()
     assert found["phi"].flatten().tolist() == [1.0, 2.0, 0.0]
     assert found["head"].flatten().tolist() == [2.0, 4.0, 0.0]

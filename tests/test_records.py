@@ -19,7 +19,9 @@ from dept_fl.errors import BadUpdate, DeptError
 from dept_fl.silo import Update
 
 SHAPES = {"a": (2, 3), "b": (4,), "c": ()}
-TENSORS = {name: torch.arange(12.0)[: max(1, int(np.prod(s)))].reshape(s) for name, s in SHAPES.items()}
+TENSORS = {
+    name: torch.arange(12.0)[: max(1, int(np.prod(s)))].reshape(s) for name, s in SHAPES.items()
+}
 
 
 def record(**changes: Array) -> ArrayRecord:

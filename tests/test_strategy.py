@@ -92,7 +92,9 @@ def assert_no_vocabulary(server: Server, home: Path, messages: list) -> None:
             for record in (*content.config_records.values(), *content.metric_records.values()):
                 text = {k: v for k, v in record.items() if k not in ("sample", "recipe")}
                 assert not any(piece in str(text) for piece in pieces)
-                assert not any(isinstance(v, bytes | list) and k != "silos" for k, v in text.items())
+                assert not any(
+                    isinstance(v, bytes | list) and k != "silos" for k, v in text.items()
+                )
 
 
 def test_samples_are_not_sent_where_they_are_not_shared(recipe: Make, home: Path, tmp_path: Path):

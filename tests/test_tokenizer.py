@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import subprocess
 import sys
@@ -64,13 +65,14 @@ PROPERTY = settings(
 def words() -> list[str]:
     """Documents of a few words each, some of them awkward."""
     draw = random.Random(1)
-    vocabulary = "the leaf is under a small green tree </s> <0x41> ▁ кот été\tx(); </s>".split(" ")
-    return [" ".join(draw.choices(vocabulary, k=40)) + "\r\n" for _ in range(50)]
+    plain = ["the", "leaf", "is", "under", "a", "small", "green", "tree", "кот", "été\tx();"]
+    awkward = ["</s>", "<0x41>", "▁", "</s>"]
+    return [" ".join(draw.choices(plain + awkward, k=40)) + "\r\n" for _ in range(50)]
 
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    return train_sentencepiece("ant", words(), 320)
+    return train_sentencepiece("ant", words(), 290)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=290,
         special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -154,16 +156,14 @@ def test_texts_encoded_together_have_the_ids_of_each_alone(
 
 
 def test_training_twice_gives_the_same_bytes(model: bytes) -> None:
-    assert train_sentencepiece("bee", words(), 320) == model
+    assert train_sentencepiece("bee", words(), 290) == model
 
 
 def test_training_in_another_process_gives_the_same_bytes(model: bytes) -> None:
     script = (
         "import hashlib, json, sys; from dept_fl.tokenizer import train_sentencepiece as train;"
-        "print(hashlib.sha256(train('ant', json.load(sys.stdin), 320)).hexdigest())"
+        "print(hashlib.sha256(train('ant', json.load(sys.stdin), 290)).hexdigest())"
     )
-    import json
-
     ran = subprocess.run(
         [sys.executable, "-c", script],
         input=json.dumps(words()),
@@ -175,14 +175,16 @@ def test_training_in_another_process_gives_the_same_bytes(model: bytes) -> None:
 
 
 def test_a_line_longer_than_the_trainer_takes_is_learned_from() -> None:
-    model = train_sentencepiece("ant", ["leaf tree " * 5000], 266)
-    assert "▁leaf" in SentencePieceTokenizer(model).pieces()
+    line = "".join(words()).replace("\r\n", " ")
+    assert len(line) > 2 * 4192
+    assert SentencePieceTokenizer(train_sentencepiece("ant", [line], 286)).size == 286
 
 
 @pytest.mark.parametrize(
     ("text", "size", "mend"),
     [
-        ("the leaf", 5000, "pieces for 264 at most; lower vocab_size or give more text"),
+        # Two specials, 256 bytes and the seven characters; then the 1,024 characters.
+        ("the leaf", 5000, "pieces for 265 at most; lower vocab_size or give more text"),
         ("".join(map(chr, range(0x4E00, 0x5200))), 300, "take 1282; raise vocab_size"),
         ("\0", 300, "give more text"),
     ],
@@ -312,7 +314,7 @@ def test_a_whole_vocabulary_keeps_every_id_and_rewrites_nothing(byte_level: Toke
 
 def test_a_tokenizer_without_byte_pieces_is_refused_for_a_part(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(word_level(tmp_path, eos_token="[END]"))
-    with pytest.raises(DeptError, match="silo ant: the shared tokenizer has no byte pieces.*glob"):
+    with pytest.raises(DeptError, match=r"silo ant: the shared tokenizer has no byte pieces.*glob"):
         part(tokenizer, "the leaf")
 
 
@@ -346,7 +348,7 @@ def sentencepiece_model(**options: object) -> bytes:
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(words()),
         model_writer=model,
-        vocab_size=320,
+        vocab_size=290,
         byte_fallback=True,
         minloglevel=3,
         **options,
@@ -358,7 +360,7 @@ def test_fingerprints_tell_tokenizers_apart(model: bytes, folder: Path, tmp_path
     file = tmp_path / "own.model"
     file.write_bytes(model)
     first, second = load_tokenizer(file), SentencePieceTokenizer(model)
-    other = SentencePieceTokenizer(train_sentencepiece("ant", words(), 310))
+    other = SentencePieceTokenizer(train_sentencepiece("ant", words(), 286))
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != other.fingerprint
     assert load_tokenizer(folder).fingerprint == load_tokenizer(folder).fingerprint
