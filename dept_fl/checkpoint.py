@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +25,9 @@ Tensors = dict[str, torch.Tensor]
 
 _FORMAT = 1
 _TENSORS, _META = "tensors.safetensors", "state.json"
+_ROUND = re.compile(r"round-([0-9]{5,})")
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(draft|old)")
+_STALE_S = 86_400.0
 
 
 @contextmanager
@@ -32,39 +38,84 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     `overwrite` is set. A block that fails, or a process that is killed, leaves no `target`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.parent / f".{target.name}.{uuid4().hex[:8]}.draft"
+    _sweep(target.parent)
+    draft = _hidden(target, "draft")
     draft.mkdir()
     try:
         yield draft
-        for file in draft.iterdir():
-            _to_disk(file)
+        for path in (*draft.rglob("*"), draft):
+            _to_disk(path)
         _move(draft, target, overwrite)
         _to_disk(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{uuid4().hex[:8]}.{kind}")
+
+
 def _move(draft: Path, target: Path, overwrite: bool) -> None:
-    if overwrite and target.exists():
-        # Two renames: a crash between them loses only `target`, whose writer runs again.
-        old = target.parent / f".{target.name}.{uuid4().hex[:8]}.old"
-        target.rename(old)
-        draft.rename(target)
+    aside: list[Path] = []
+    while not _takes_place(draft, target) and overwrite:
+        # A crash behind this line loses only `target`, whose writer runs again.
+        aside.append(_set_aside(target))
+    for old in aside:
         shutil.rmtree(old, ignore_errors=True)
-        return
+
+
+def _takes_place(draft: Path, target: Path) -> bool:
+    """Rename, unless a folder with something in it stands there."""
     try:
         draft.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _set_aside(folder: Path) -> Path:
+    old = _hidden(folder, "old")
+    with suppress(FileNotFoundError):  # another process was first
+        folder.rename(old)
+    return old
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder so that, whenever this is cut short, no half of it stands under its name."""
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed processes left; a live writer's draft is never a day without a write."""
+    for path in parent.glob(".*"):
+        if _LEFTOVER.fullmatch(path.name) and _is_stale(path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        newest = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:  # its writer is just moving or removing it
+        return False
+    return time.time() - newest > _STALE_S
 
 
 def write_whole(file: Path, text: str) -> None:
     """Replace a small file in one step."""
-    draft = file.with_name(f".{file.name}.{uuid4().hex[:8]}.draft")
-    draft.write_text(text, encoding="utf-8")
-    _to_disk(draft)
-    draft.replace(file)
+    _sweep(file.parent)
+    draft = _hidden(file, "draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _to_disk(draft)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+    _to_disk(file.parent)
 
 
 def _to_disk(path: Path) -> None:
@@ -104,7 +155,9 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
-    meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict):
+        raise ValueError(f"{_META} holds no mapping")
     return meta
 
 
@@ -119,13 +172,14 @@ def round_folder(parent: Path, round_: int) -> Path:
 
 def rounds_on_disk(parent: Path) -> list[int]:
     """The rounds whose state is whole in `parent`, oldest first."""
-    return sorted(int(p.name[6:]) for p in parent.glob("round-*") if p.name[6:].isdigit())
+    named = (_ROUND.fullmatch(path.name) for path in parent.glob("round-*"))
+    return sorted(int(match[1]) for match in named if match)
 
 
 def drop_rounds_before(parent: Path, oldest: int) -> None:
     for round_ in rounds_on_disk(parent):
         if round_ < oldest:
-            shutil.rmtree(round_folder(parent, round_), ignore_errors=True)
+            remove_whole(round_folder(parent, round_))
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:

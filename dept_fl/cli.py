@@ -82,11 +82,13 @@ def _simulate(config: dict[str, Any], nodes: int, cpus: int) -> str:
     flower_home = Path(config["home"]) / "flower"
     environment = _environment(flower_home)
     with _superlink(flower_home, environment) as connection:
-        words = " ".join(f"{key}={_toml(value)}" for key, value in config.items())
+        # As a file: Flower's reading of pairs on the command line breaks on quotes in a value.
+        settings = Path(environment["FLWR_HOME"]) / "run-config.toml"
+        settings.write_text("".join(f"{k} = {_toml(v)}\n" for k, v in config.items()), "utf-8")
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
         federation += _gpu_share() + f" init-args-num-cpus={max(os.cpu_count() or 1, cpus)}"
         command = ["flwr", "run", str(CONF_DIR.parent), connection, "--stream"]
-        command += ["--run-config", words, "--federation-config", federation]
+        command += ["--run-config", str(settings), "--federation-config", federation]
         try:
             subprocess.run(command, env=environment, check=False)
         except KeyboardInterrupt:
@@ -99,7 +101,7 @@ def _simulate(config: dict[str, Any], nodes: int, cpus: int) -> str:
 
 
 def _toml(value: object) -> str:
-    return json.dumps(value)  # strings and booleans are written alike in JSON and TOML
+    return json.dumps(value, ensure_ascii=False)  # strings and booleans are alike in both
 
 
 def _gpu_share() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dept_fl.errors import ConfigError, DeptError
 
@@ -327,7 +327,8 @@ def _build(assignments: list[tuple[str, Any]], problems: list[str]) -> Recipe:
         recipe = cast(Recipe, OmegaConf.to_object(config))
     except (OmegaConfBaseException, RecursionError) as error:  # '???', '${...}'
         key = getattr(error, "full_key", None) or "overrides"
-        reason = str(error).partition("\n")[0]
+        missing = isinstance(error, MissingMandatoryValue)
+        reason = "'???' means no value" if missing else str(error).partition("\n")[0]
         raise ConfigError([*problems, f"{key}: {reason}; write the value itself"]) from error
     # Contradictions with settings that could not be read would only confuse.
     checks = (_choices, _ranges) if problems else (contradictions,)
@@ -382,9 +383,13 @@ def _names(owner: type[Any]) -> list[str]:
 def _expected(key: str) -> str:
     """What a known setting takes, in words."""
     first, *rest = key.split(".")
-    owner = DataSource if first == "silos" and rest else _GROUPS.get(first, Recipe)
-    types = {f.name: str(f.type) for f in fields(owner)}
-    kind = types[key if owner is Recipe else rest[0] if owner is not DataSource else rest[-1]]
+    owner: type[Any] = Recipe
+    name = first
+    if first == "silos" and rest:
+        owner, name = DataSource, rest[-1]
+    elif first in _GROUPS:
+        owner, name = _GROUPS[first], rest[0]
+    kind = next(str(f.type) for f in fields(owner) if f.name == name)
     optional = " or null" if kind.endswith(" | None") else ""
     return _EXPECTED[kind.removesuffix(" | None")] + optional
 
@@ -469,7 +474,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             f"inner.micro_batch_size={micro}: must divide inner.batch_size="
             f"{recipe.inner.batch_size}"
         )
-    if recipe.inner.warmup_steps > recipe.total_steps:
+    if recipe.inner.warmup_steps > recipe.total_steps > 0:
         yield (
             f"inner.warmup_steps={recipe.inner.warmup_steps}: longer than the whole schedule of "
             f"rounds*inner.local_steps={recipe.total_steps} steps"
@@ -612,10 +617,16 @@ def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> Model
         have = ", ".join(sorted(p.stem for p in (CONF_DIR / "models").glob("*.yaml")))
         problems.append(f"model.preset={preset!r}: no such preset; presets: {have}")
         return model
-    known = len(problems)
-    config = _over(_read_yaml(file, problems), model.config)
-    if len(problems) == known and not config.get("model_type"):
+    before = len(problems)
+    settings = _read_yaml(file, problems)
+    config = _over(settings, model.config)
+    if len(problems) == before and not config.get("model_type"):
         problems.append(f"{file}: model_type is missing")
+    if settings.get("model_type", "") not in ("", config.get("model_type")):
+        problems.append(
+            f"model.config.model_type={config['model_type']!r}: model.preset={preset!r} is of type "
+            f"{settings['model_type']!r}; leave one of them away, such as with 'model.config={{}}'"
+        )
     return ModelConfig(preset="", config=config)
 
 

@@ -6,6 +6,7 @@ vocabulary tell which parameters belong to tokens, two that differ in length tel
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import ModelConfig
@@ -65,8 +67,9 @@ def join(model: nn.Module, body: Mapping[str, torch.Tensor], embeddings: Tensors
     """Copy body and embeddings into a model, every parameter exactly once."""
     given = {**body, **embeddings}
     own = dict(model.named_parameters())
-    if given.keys() != own.keys():
-        raise ValueError(f"parameters differ: {sorted(given.keys() ^ own.keys())}")
+    differing = (given.keys() ^ own.keys()) | (body.keys() & embeddings.keys())
+    if differing:
+        raise ValueError(f"parameters missing, unknown or given twice: {sorted(differing)}")
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != given[name].shape:
@@ -145,8 +148,9 @@ def seed_of(*parts: int | str) -> int:
 @contextmanager
 def _own_generator(seed: int) -> Iterator[None]:
     # Building a model draws from torch's global generator; nobody else may notice.
+    # torch.manual_seed would seed the GPUs' generators as well, which fork_rng does not put back.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -154,25 +158,71 @@ def _config(
     model: ModelConfig, vocabulary: int, sequence_tokens: int, end_id: int
 ) -> PretrainedConfig:
     settings: dict[str, Any] = dict(model.config)
-    kind = settings.pop("model_type")
+    kind = _known_kind(settings.pop("model_type", None))
     try:
         config = AutoConfig.for_model(kind, **settings)
+        config.vocab_size = vocabulary
+        for key in _LENGTH_KEYS:
+            if hasattr(config, key):
+                setattr(config, key, sequence_tokens)
     except Exception as error:  # transformers raises whatever the config's checks raise
-        reason = " ".join(str(error).split())
-        raise ConfigError([f"model.config (model_type={kind!r}): {reason[:200]}"]) from error
-    unknown = [key for key in settings if not hasattr(type(config)(), key)]
-    if unknown:
-        raise ConfigError(
-            [f"model.config.{key}: a {kind} config has no such setting" for key in unknown]
-        )
-    config.vocab_size = vocabulary
-    for key in _LENGTH_KEYS:
-        if hasattr(config, key):
-            setattr(config, key, sequence_tokens)
+        raise ConfigError([f"model.config (model_type={kind!r}): {_reason(error)}"]) from error
+    problems = [*_unknown_settings(config, settings), *_indivisible(config), *_foreign(config)]
+    if problems:
+        raise ConfigError(problems)
     config.bos_token_id = config.eos_token_id = end_id
     config.pad_token_id = None  # packed sequences need no padding, whose row would never learn
     config.use_cache = False
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True  # BERT and its kin would look ahead otherwise
     return config
+
+
+def _known_kind(kind: Any) -> str:
+    if isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return kind
+    close = difflib.get_close_matches(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "such as llama, gpt2, mpt"
+    raise ConfigError(
+        [f"model.config.model_type={kind!r}: transformers has no causal LM of this type; {hint}"]
+    )
+
+
+def _unknown_settings(
+    config: PretrainedConfig, settings: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    # A config keeps a key that it does not know as an attribute; one that it translates, such
+    # as rope_theta, leaves none.
+    known = type(config)()
+    for key, value in settings.items():
+        inner = getattr(config, key, None)
+        if isinstance(value, Mapping) and isinstance(inner, PretrainedConfig):
+            yield from _unknown_settings(inner, value, f"{prefix}{key}.")
+        elif hasattr(config, key) and not hasattr(known, key):
+            close = difflib.get_close_matches(key, known.to_dict(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            kind = type(config).__name__
+            yield f"model.config.{prefix}{key}: {kind} has no such setting{hint}"
+
+
+def _indivisible(config: PretrainedConfig) -> Iterator[str]:
+    """Heads that do not divide, which some models notice only in their first forward pass."""
+    width = getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None)
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+        return
+    own_width = getattr(config, "head_dim", None)
+    if own_width is None and width % heads:
+        yield f"model.config: hidden size {width} is not a multiple of {heads} attention heads"
+    if isinstance(groups, int) and groups > 0 and heads % groups:
+        yield f"model.config: {heads} attention heads do not divide over {groups} key-value heads"
+
+
+def _foreign(config: PretrainedConfig) -> Iterator[str]:
+    kernel = getattr(config, "_attn_implementation", None)
+    if "/" in str(kernel):  # a name on the hub, whose code transformers would fetch and run
+        yield f"model.config.attn_implementation={kernel!r}: must be one of transformers' own"
 
 
 def _from_config(config: PretrainedConfig) -> PreTrainedModel:
@@ -181,8 +231,10 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
             config, dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            [f"model.config: transformers cannot build it: {reason[:200]}"]
-        ) from error
+        cause = _reason(error)
+        raise ConfigError([f"model.config: transformers cannot build it: {cause}"]) from error
     return model
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

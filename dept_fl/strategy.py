@@ -72,6 +72,8 @@ class DeptStrategy(Strategy):
     def _prepare(self, grid: Grid) -> None:
         self._find_hosts(grid)
         if self._simulated:
+            if not (self._recipe.own_tokenizers or self._recipe.shared_tokenizer):
+                self._screen.line("making the shared tokenizer from all silos' text ...")
             self._recipe = with_shared_tokenizer(self._recipe, self._home)
         elif not self._recipe.own_tokenizers and not self._recipe.shared_tokenizer:
             raise DeptError(

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Protocol
 
 import numpy as np
@@ -47,11 +48,9 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. One trained by `train` is lossless: decode(encode(x)) == x."""
+    """A SentencePiece model. One from `train_sentencepiece` is lossless: decode(encode(x)) == x."""
 
     def __init__(self, model: bytes) -> None:
-        if not model:  # the processor would stay empty without a word
-            raise DeptError("an empty SentencePiece model")
         self._processor = spm.SentencePieceProcessor(model_proto=model)
         self.size: int = self._processor.get_piece_size()
         end = self._processor.eos_id()
@@ -99,7 +98,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # of several libraries, none of them documented
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = shorten(str(error), 200) or type(error).__name__
             raise _unusable(name, f"transformers cannot load it: {reason}") from error
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:

@@ -289,7 +289,7 @@ def test_short_docstrings_and_those_that_are_no_unicode_are_left_out() -> None:
     assert docstrings(code) == "a" * 200
 
 
-@pytest.mark.parametrize("code", ["def f(:", "\0", "(" * 5000])
+@pytest.mark.parametrize("code", ["def f(:", "\0", "a" + ".b" * 100_000])
 def test_a_file_that_does_not_parse_has_no_docstrings(code: str) -> None:
     assert docstrings(code) == ""
 
@@ -486,19 +486,24 @@ def test_the_key_of_a_source_changes_with_its_files_and_settings(tmp_path: Path,
     assert source_key(source, RECIPE) != first
 
 
-def test_the_sample_for_a_tokenizer_is_spread_and_bounded(tmp_path: Path) -> None:
-    corpus = corpus_of(tmp_path, some_texts())
-    train = list(corpus.texts("train"))
-    assert list(corpus.training_sample(corpus.train_bytes)) == train
-    third = list(corpus.training_sample(-(-corpus.train_bytes // 3)))
-    assert all(text in train[::3] for text in third[:-1])
-    assert len(third) > len(train) / 4
+@pytest.mark.parametrize(
+    ("at_most_bytes", "sample"),
+    [
+        (18, ["aaaa", "b", "éé", "d", "eeeeeeee"]),
+        (9, ["aaaa", "éé", "e"]),  # every second one, the last cut at nine bytes
+        (7, ["aaaa", "d"]),  # every third one
+        (3, ["aaa"]),
+    ],
+)
+def test_the_sample_for_a_tokenizer_is_spread_and_bounded(
+    tmp_path: Path, at_most_bytes: int, sample: list[str]
+) -> None:
+    corpus = by_hand(tmp_path, ["aaaa", "b", "éé", "d", "eeeeeeee"], ["x"])
+    assert list(corpus.training_sample(at_most_bytes)) == sample
 
 
-def test_the_sample_for_a_tokenizer_cuts_a_document_that_is_too_long(tmp_path: Path) -> None:
-    corpus = corpus_of(tmp_path, [f"{i} " + "é" * 10_000 for i in range(20)])
-    sample = "".join(corpus.training_sample(1001))
-    assert 999 <= len(sample.encode()) <= 1001
+def test_a_cut_sample_never_ends_within_a_character(tmp_path: Path) -> None:
+    assert list(by_hand(tmp_path, ["éé"], ["x"]).training_sample(3)) == ["é"]
 
 
 def test_no_validation_document_is_named_with_the_mend(tmp_path: Path) -> None:
@@ -601,12 +606,13 @@ def test_a_restricted_stream_holds_its_part_of_the_vocabulary_alone(
     assert math.isfinite(stream.unigram_nats())
 
 
-def long_text() -> str:
-    """Over three parts long, of words that are one piece each: no ties between segmentations."""
+def long_text(tokenizer: Tokenizer) -> str:
+    """Over a million characters of words that are one piece each, so that a cut in one shows."""
+    words = [p[1:] for p in tokenizer.pieces() if p.startswith("▁") and len(p) > 4]
+    assert len(words) > 2
     draw = random.Random(1)
-    words = ["the", "leaf", "tree", "green", "small"]
-    lines = [" ".join(draw.choices(words, k=9)) for _ in range(5000)]
-    return "\n".join(lines[:2500]) + "\n\n    " + " ".join(lines[2500:])
+    lines = ["".join(f" {word}" for word in draw.choices(words, k=9)) for _ in range(25_000)]
+    return "\n".join(f"x{line}" for line in lines[:12_500]) + "\n\n   " + "".join(lines[12_500:])
 
 
 def with_prefix_space() -> SentencePieceTokenizer:
@@ -617,6 +623,8 @@ def with_prefix_space() -> SentencePieceTokenizer:
         model_writer=model,
         vocab_size=300,
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         add_dummy_prefix=True,
         minloglevel=3,
     )
@@ -628,12 +636,13 @@ def test_a_long_document_has_the_ids_that_it_has_in_one_piece(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, prefix: bool
 ) -> None:
     used = with_prefix_space() if prefix else tokenizer
-    text = long_text()
-    assert len(text) > 3 * 65536
-    stream = load_tokens("ant", by_hand(tmp_path, [text, "a"], ["b"]), used, False, tmp_path / "t")
-    whole, short = used.encode([text, "a"])
+    text = long_text(used)
+    assert len(text) > 1 << 20
+    corpus = by_hand(tmp_path, ["a", text, "a"], ["b"])
+    stream = load_tokens("ant", corpus, used, False, tmp_path / "tokens")
+    short, whole = used.encode(["a", text])
     end = used.end_id
-    assert np.array_equal(stream.train, [end, *whole, end, *short, end])
+    assert np.array_equal(stream.train, [end, *short, end, *whole, end, *short, end])
 
 
 def test_a_long_run_without_spaces_comes_back_whole(
@@ -726,6 +735,11 @@ def test_sequences_tile_the_stream_and_targets_are_inputs_shifted_by_one() -> No
     in_order = batch[np.argsort(batch[:, 0])]
     assert in_order.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]
     assert np.array_equal(batch[:, 1:], batch[:, :-1] + 1)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(12, 2), (13, 3), (16, 3), (17, 4)])
+def test_a_sequence_needs_a_target_for_its_last_token(tokens: int, sequences: int) -> None:
+    assert Batches(counting(tokens), sequence_tokens=4, seed=1).sequences == sequences
 
 
 def test_a_batch_is_a_function_of_seed_and_position_alone() -> None:

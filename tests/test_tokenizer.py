@@ -369,8 +369,11 @@ def test_fingerprints_tell_tokenizers_apart(model: bytes, folder: Path, tmp_path
 def test_tokenizers_that_end_documents_differently_have_different_fingerprints(
     tmp_path: Path,
 ) -> None:
-    ends = ("[END]", "[UNK]")
-    loaded = [load_tokenizer(word_level(tmp_path / end, eos_token=end)) for end in ends]
+    pairs = (("[END]", "[UNK]"), ("[UNK]", "[END]"))
+    loaded = [
+        load_tokenizer(word_level(tmp_path / end, eos_token=end, pad_token=pad))
+        for end, pad in pairs
+    ]
     assert loaded[0].end_id != loaded[1].end_id
     assert loaded[0].fingerprint != loaded[1].fingerprint
 
