@@ -39,12 +39,12 @@ class DataSource:
         files: paths, folders or globs of .txt, .jsonl and .parquet, compressed or not.
         hub: name of a hub data set, streamed; with `hub_config` and `hub_split`.
         packages: installed distributions whose files are read; `stdlib` is Python itself.
-        include: file patterns within the packages.
+        include: file patterns within the packages; the standard library's paths start in it.
         content: what to take of a package file: `text` as it is, `code` without its leading
             licence comment, or the `docstrings` of Python files.
         column: the text column of JSONL, Parquet and hub data.
-        sample_by: what one document of a .txt file is (`datasets`' own words); `auto` takes
-            whole files where there are many small ones, else paragraphs.
+        sample_by: what one document of a .txt file is: the whole `document`, a `paragraph` or
+            a `line`; `auto` takes whole files where there are many small ones, else paragraphs.
         max_bytes: stop after this many bytes of documents; 0 takes all.
     """
 

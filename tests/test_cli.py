@@ -12,7 +12,8 @@ from dept_fl.cli import _toml, app
 
 
 @pytest.mark.parametrize(
-    "value", ["a=1 b=2", "/a b/c", 'x="y"', "x='y'", "back\\slash", "été", "😀", "a\tb", True, False]
+    "value",
+    ["a=1 b=2", "/a b/c", 'x="y"', "x='y'", "back\\slash", "été", "😀", "a\tb", True, False],
 )
 def test_every_setting_reaches_flower_as_it_was_given(value: object):
     assert tomllib.loads(f"key = {_toml(value)}\n")["key"] == value

@@ -32,14 +32,11 @@ from dept_fl.data import (
     Corpus,
     TokenStream,
     check_enough,
-    docstrings,
-    documents,
     load_corpus,
     load_tokens,
-    source_key,
-    without_licence,
 )
 from dept_fl.errors import DeptError
+from dept_fl.sources import docstrings, documents, source_key, without_licence
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, Vocabulary, train_sentencepiece
 
 RECIPE = Recipe(validation_fraction=0.2)

@@ -1,0 +1,391 @@
+"""Where documents come from: files, hub data sets, and the files of installed packages."""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import codecs
+import fnmatch
+import glob
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import lzma
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from dept_fl.config import DataSource, Recipe
+from dept_fl.errors import DeptError
+
+_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+_MANY_FILES = 20
+_SMALL_FILE_BYTES = 8 << 20
+_PARAGRAPH_CHARACTERS = 64 << 20  # a longer one means a file without blank lines
+_NOT_STANDARD_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # an escape in a string literal can write one
+
+_LEADING_COMMENTS = re.compile(
+    r"\A(?:\s*(?:#(?!include|pragma|if|define|undef|error)[^\n]*|//[^\n]*|/\*.*?\*/))*", re.DOTALL
+)
+
+Found = tuple[str, str]  # where a document lies, for errors, and its text
+
+
+def documents(silo: str, source: DataSource) -> Iterator[str]:
+    """The source's documents, unchanged but for empty ones, which are left out.
+
+    Line ends of .txt and package files come as "\\n", whatever they were.
+
+    Raises:
+        DeptError: naming the silo and the mend, for data that is missing or unreadable.
+    """
+    readers = {"files": _from_files, "hub": _from_hub, "packages": _from_packages}
+    kind = next(key for key in readers if getattr(source, key))
+    taken_bytes = 0
+    for place, text in readers[kind](silo, source):
+        if not text.strip():
+            continue
+        taken_bytes += _utf8_bytes(silo, place, text)
+        yield text
+        if source.max_bytes and taken_bytes >= source.max_bytes:
+            return
+
+
+def _utf8_bytes(silo: str, place: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise DeptError(
+            f"silo {silo}: {place}: text with a lone surrogate ({text[error.start]!r}), which is "
+            "not Unicode text; clean the data"
+        ) from error
+
+
+def source_key(source: DataSource, recipe: Recipe) -> str:
+    """A digest that changes whenever the documents or their split may have changed."""
+    facts: dict[str, Any] = {
+        **asdict(source),
+        "split": [recipe.validation_fraction, recipe.validation_max_bytes, recipe.deduplicate],
+        "files": [
+            (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in [*_expand(source.files), *_below(source.hub)]
+        ],
+        "versions": [_version(name) for name in source.packages],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return platform.python_version() if package == "stdlib" else metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _below(hub: str) -> list[Path]:
+    """The files of a hub data set that is a local folder."""
+    return sorted(p for p in Path(hub).rglob("*") if p.is_file()) if hub else []
+
+
+def _expand(patterns: list[str]) -> list[Path]:
+    """Files of paths, folders (all supported files below) and globs; sorted, each once."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found |= {p for p in path.rglob("*") if p.is_file() and _format(p)}
+        elif path.is_file():
+            found.add(path)
+        else:
+            matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path has no absolute ones)
+            found |= {Path(match) for match in matches if Path(match).is_file()}
+    return sorted(found)
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return _FORMATS.get(suffixes[-1], "") if suffixes else ""
+
+
+def _from_files(silo: str, source: DataSource) -> Iterator[Found]:
+    files = _expand(source.files)
+    if not files:
+        raise DeptError(f"silo {silo}: no file matches {source.files}; check silos.{silo}.files")
+    for file in files:
+        if not _format(file):
+            raise DeptError(
+                f"silo {silo}: {file}: cannot be read; supported are "
+                f"{', '.join(sorted(_FORMATS))}, each also as {', '.join(sorted(_COMPRESSED))}; "
+                f"convert it or leave it out of silos.{silo}.files"
+            )
+    sample_by = _sample_by(source, [file for file in files if _format(file) == "text"])
+    for file in files:
+        yield from _from_file(silo, source, file, sample_by)
+
+
+def _sample_by(source: DataSource, files: list[Path]) -> str:
+    if source.sample_by != "auto":
+        return source.sample_by
+    small = all(file.stat().st_size <= _SMALL_FILE_BYTES for file in files)
+    return "document" if small and len(files) >= _MANY_FILES else "paragraph"
+
+
+def _from_file(silo: str, source: DataSource, file: Path, sample_by: str) -> Iterator[Found]:
+    try:
+        if _format(file) == "parquet":
+            yield from _parquet(silo, source, file)
+            return
+        with _text_stream(silo, source, file) as stream:
+            if _format(file) == "json":
+                yield from _json(silo, source, file, stream)
+            else:
+                yield from ((str(file), text) for text in _SAMPLERS[sample_by](silo, file, stream))
+    except DeptError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DeptError(
+            f"silo {silo}: {file}: not {source.encoding} text (byte "
+            f"0x{error.object[error.start]:02x}: {error.reason}); convert the file, or set "
+            f"silos.{silo}.encoding"
+        ) from error
+    except Exception as error:  # of the file system, four decompressors and Parquet
+        raise DeptError(
+            f"silo {silo}: {file}: cannot be read: {_first_line(error)}; mend it or leave it out "
+            f"of silos.{silo}.files"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _text_stream(silo: str, source: DataSource, file: Path) -> IO[str]:
+    try:
+        encoding = codecs.lookup(source.encoding).name
+    except LookupError as error:
+        raise DeptError(
+            f"silo {silo}: {source.encoding!r} is no encoding that Python knows; "
+            f"set silos.{silo}.encoding"
+        ) from error
+    # A byte order mark is not part of the text.
+    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
+    return io.TextIOWrapper(_byte_stream(file), encoding=encoding)
+
+
+def _byte_stream(file: Path) -> Any:
+    suffix = file.suffix.lower()
+    if suffix == ".zst":  # Python itself reads it only from 3.14 on
+        import pyarrow  # type: ignore[import-untyped]
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)(file, "rb")
+
+
+def _whole(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
+    yield stream.read()
+
+
+def _lines(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
+    return (line.removesuffix("\n") for line in stream)
+
+
+def _paragraphs(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
+    lines: list[str] = []
+    characters = 0
+    for line in stream:
+        if line.strip():
+            lines.append(line)
+            characters += len(line)
+        elif lines:
+            yield "".join(lines).removesuffix("\n")
+            lines, characters = [], 0
+        if characters > _PARAGRAPH_CHARACTERS:
+            raise DeptError(
+                f"silo {silo}: {file}: no blank line in {characters:,} characters, so that it "
+                f"would be one document; set silos.{silo}.sample_by=line"
+            )
+    yield "".join(lines).removesuffix("\n")
+
+
+_SAMPLERS = {"document": _whole, "paragraph": _paragraphs, "line": _lines}
+
+
+def _json(silo: str, source: DataSource, file: Path, stream: IO[str]) -> Iterator[Found]:
+    """Rows of JSON Lines, or of one array of objects."""
+    blank = 0
+    while (first := stream.readline()).isspace():
+        blank += 1
+    if first.lstrip().startswith("["):
+        rows = _parsed(silo, str(file), first + stream.read())
+        for number, row in enumerate(rows, start=1):
+            yield from _in_column(silo, source, f"{file}, item {number}", row)
+        return
+    for number, line in enumerate(chain([first], stream), start=blank + 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            yield from _in_column(silo, source, place, _parsed(silo, place, line))
+
+
+def _parsed(silo: str, place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DeptError(
+            f"silo {silo}: {place}: not JSON: {error.msg} at character {error.pos}; "
+            "mend it or leave it out"
+        ) from error
+
+
+def _parquet(silo: str, source: DataSource, file: Path) -> Iterator[Found]:
+    from pyarrow import parquet
+
+    with _seekable(file) as stream:
+        table = parquet.ParquetFile(stream, buffer_size=1 << 20)
+        names = dict.fromkeys(table.schema_arrow.names)
+        if source.column not in names:
+            yield from _in_column(silo, source, str(file), names)
+        number = 0
+        for batch in table.iter_batches(batch_size=1000, columns=[source.column]):
+            for value in batch.column(source.column).to_pylist():
+                number += 1
+                row = {source.column: value}
+                yield from _in_column(silo, source, f"{file}, row {number}", row)
+
+
+@contextmanager
+def _seekable(file: Path) -> Iterator[Any]:
+    with _byte_stream(file) as stream:
+        if file.suffix.lower() not in _COMPRESSED:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as plain:
+            shutil.copyfileobj(stream, plain)
+            plain.seek(0)
+            yield plain
+
+
+def _in_column(silo: str, source: DataSource, place: str, row: Any) -> Iterator[Found]:
+    """The row's text with its place; nothing where it is null."""
+    column = source.column
+    if not isinstance(row, Mapping):
+        raise DeptError(
+            f"silo {silo}: {place}: {type(row).__name__} instead of an object such as "
+            f'{{"{column}": "..."}}; mend the data'
+        )
+    if column not in row:
+        raise DeptError(
+            f"silo {silo}: {place}: no column {column!r}; columns: {', '.join(map(str, row))}; "
+            f"set silos.{silo}.column"
+        )
+    value = row[column]
+    if isinstance(value, str):
+        yield place, value
+    elif value is not None:
+        raise DeptError(
+            f"silo {silo}: {place}: column {column!r} holds {type(value).__name__}, not text; "
+            f"set silos.{silo}.column"
+        )
+
+
+def _from_hub(silo: str, source: DataSource) -> Iterator[Found]:
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(
+            source.hub, source.hub_config or None, split=source.hub_split, streaming=True
+        )
+        for number, row in enumerate(stream, start=1):
+            yield from _in_column(silo, source, f"{source.hub}, row {number}", row)
+    except DeptError:
+        raise
+    except Exception as error:  # network, hub and reader errors of several libraries
+        raise DeptError(
+            f"silo {silo}: hub data set {source.hub!r} (config {source.hub_config!r}, split "
+            f"{source.hub_split!r}) cannot be read: {_first_line(error)}; check "
+            f"silos.{silo}.hub, hub_config and hub_split"
+        ) from error
+
+
+def _from_packages(silo: str, source: DataSource) -> Iterator[Found]:
+    """Package files in an order mixed by a digest of their path, so that a cut is a sample."""
+    found = [pair for name in source.packages for pair in _package_files(silo, name)]
+    chosen = [
+        (label, path)
+        for label, path in found
+        if any(fnmatch.fnmatch(label, pattern) for pattern in source.include)
+    ]
+    if not chosen:
+        raise DeptError(
+            f"silo {silo}: no file of {source.packages} matches {source.include}; "
+            f"check silos.{silo}.include"
+        )
+    for label, path in sorted(chosen, key=lambda pair: short_digest(pair[0])):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue  # packages ship a few files that are wrong on purpose
+        if source.content == "docstrings":
+            yield label, docstrings(text)
+        else:
+            yield label, without_licence(text) if source.content == "code" else text
+
+
+def _package_files(silo: str, name: str) -> list[tuple[str, Path]]:
+    """Files with their paths below the standard library or below site-packages."""
+    if name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return [(path.relative_to(root).as_posix(), path) for path in _standard_library(root)]
+    try:
+        listed = metadata.files(name)
+    except metadata.PackageNotFoundError as error:
+        raise DeptError(
+            f"silo {silo}: package {name!r} is not installed; install it or change "
+            f"silos.{silo}.packages"
+        ) from error
+    return [(f.as_posix(), Path(str(f.locate()))) for f in listed or [] if ".." not in f.parts]
+
+
+def _standard_library(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_STANDARD_LIBRARY]
+        yield from (Path(folder, name) for name in names)
+
+
+def without_licence(text: str) -> str:
+    """Source text without its leading comments, which repeat a licence in every file."""
+    return _LEADING_COMMENTS.sub("", text).lstrip("\n")
+
+
+def docstrings(source_text: str, at_least_characters: int = 200) -> str:
+    """The longer docstrings of a Python file, in order, as one document."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in others' strings
+            tree = ast.parse(source_text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
+    long = (inspect.cleandoc(d) for d in found if d and len(d) >= at_least_characters)
+    return "\n\n".join(d for d in long if not _SURROGATE.search(d))
+
+
+def short_digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
