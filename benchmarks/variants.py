@@ -93,7 +93,8 @@ def table(recipe: Recipe, rows: list[dict[str, Any]]) -> str:
     together = [row for row in rows if len(row["bits_per_byte"]) == len(silos)]
     for row in together:
         bits = [row["bits_per_byte"][s] for s in silos]
-        costs = [mean(row[k]) / 1e6 for k in ("held_parameters", "bytes_up", "bytes_down", "tokens")]
+        keys = ("held_parameters", "bytes_up", "bytes_down", "tokens")
+        costs = [mean(row[key]) / 1e6 for key in keys]
         figures = [f"{b:.3f}" for b in (*bits, sum(bits) / len(bits))]
         lines.append("| " + " | ".join([row["arm"], *figures, *(f"{c:.2f}" for c in costs)]) + " |")
     alone = {s: b for row in rows if row not in together for s, b in row["bits_per_byte"].items()}

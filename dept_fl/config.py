@@ -573,7 +573,7 @@ def source_problems(source: DataSource) -> Iterator[str]:
     if source.sample_by not in SAMPLE_BY:
         yield f".sample_by={source.sample_by!r}: must be one of {', '.join(SAMPLE_BY)}"
     if "" in (*source.files, *source.packages):
-        yield ": an empty path or package name; write it out or leave it away"
+        yield ": an empty path or package name; fill it in or remove it"
     if not _is_encoding(source.encoding):
         yield f".encoding={source.encoding!r}: no such text encoding; utf-8 is the usual one"
     if source.max_bytes < 0:
@@ -625,7 +625,7 @@ def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> Model
     if settings.get("model_type", "") not in ("", config.get("model_type")):
         problems.append(
             f"model.config.model_type={config['model_type']!r}: model.preset={preset!r} is of type "
-            f"{settings['model_type']!r}; leave one of them away, such as with 'model.config={{}}'"
+            f"{settings['model_type']!r}; drop one of them, such as with 'model.config={{}}'"
         )
     return ModelConfig(preset="", config=config)
 
