@@ -21,6 +21,7 @@ from typing import Any
 
 from dept_fl.config import Recipe, load_recipe
 from dept_fl.report import Event, Ledger
+from dept_fl.rounds import has_checkpoint
 
 VARIANTS = {
     "glob": ["variant=glob", "tokenizer=shared"],
@@ -48,7 +49,9 @@ def main() -> None:
 
 def arms(recipe: Recipe) -> dict[str, list[str]]:
     """The variants, then each silo alone: as many steps of its own, nobody to average with."""
-    alone = {f"alone: {name}": [f"only=[{name}]"] for name in recipe.silo_names}
+    alone = {
+        f"alone: {name}": [f"only=[{name}]", "silos_per_round=0"] for name in recipe.silo_names
+    }
     return {**VARIANTS, **alone}
 
 
@@ -59,7 +62,7 @@ def measure(out: Path, options: argparse.Namespace, name: str, words: list[str])
         began = time.perf_counter()
         command = [str(Path(sys.executable).parent / "dept"), "run", options.recipe, *words]
         command += [*(QUICK if options.quick else []), "--run-dir", str(run_dir)]
-        if events:
+        if has_checkpoint(run_dir):
             command.append("--resume")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
@@ -71,7 +74,9 @@ def summary(events: list[Event]) -> dict[str, Any]:
     """What the table shows of one run; per silo where silos differ."""
     plan = next(e for e in events if e["event"] == "plan")
     final = {e["silo"]: e for e in events if e.get("final")}
-    last = {e["silo"]: e for e in events if e["event"] == "silo_train"}
+    trained = [e for e in events if e["event"] == "silo_train"]
+    last = {e["silo"]: e for e in trained}
+    tokens = {s: sum(e["tokens"] for e in trained if e["silo"] == s) for s in last}
     return {
         "bits_per_byte": {silo: e["bits_per_byte"] for silo, e in final.items()},
         "unigram_bits_per_byte": {silo: e["unigram_bits_per_byte"] for silo, e in final.items()},
@@ -80,7 +85,7 @@ def summary(events: list[Event]) -> dict[str, Any]:
         "bytes_down": {
             s: e["bytes_down_body"] + e["bytes_down_embeddings"] for s, e in last.items()
         },
-        "tokens": {s: e["tokens"] * plan["rounds"] for s, e in last.items()},
+        "tokens": tokens,
         "seconds": next(e["seconds"] for e in events if e["event"] == "end"),
     }
 

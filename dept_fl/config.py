@@ -21,6 +21,21 @@ CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 RUN_NAME = re.compile(r"(?![.\s])[^/\\\x00-\x1f]{1,100}")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
+# Settings that change how a run is carried out, not what comes out of it.
+FREE_ON_RESUME = frozenset(
+    {
+        "name",
+        "quorum",
+        "round_attempts",
+        "round_timeout_s",
+        "largest_delta",
+        "device",
+        "share_samples",
+        "sample_tokens",
+        "inner.micro_batch_size",
+    }
+)
+
 VARIANTS = ("glob", "trim", "spec")
 TOKENIZERS = ("own", "shared")
 INNER_STATES = ("keep", "reset")
@@ -40,6 +55,7 @@ class DataSource:
         hub: name of a hub data set, streamed; with `hub_config` and `hub_split`.
         packages: installed distributions whose files are read; `stdlib` is Python itself.
         include: file patterns within the packages; the standard library's paths start in it.
+        exclude: file patterns to leave out of those.
         content: what to take of a package file: `text` as it is, `code` without its leading
             licence comment, or the `docstrings` of Python files.
         column: the text column of JSONL, Parquet and hub data.
@@ -54,6 +70,7 @@ class DataSource:
     hub_split: str = "train"
     packages: list[str] = field(default_factory=list)
     include: list[str] = field(default_factory=lambda: ["*.py"])
+    exclude: list[str] = field(default_factory=list)
     content: str = "text"
     column: str = "text"
     sample_by: str = "auto"
@@ -136,6 +153,10 @@ class Recipe:
         silos_per_round: how many silos are sampled for a round; 0 = all.
         quorum: least fraction of the sampled silos whose updates a round needs.
         round_attempts: how often a round below the quorum is tried before the run stops.
+        round_timeout_s: how long the server waits for a silo; in simulation, where silos queue
+            for the machine, for each silo of the round.
+        largest_delta: a silo's delta is refused if its norm is over this many times the norm of
+            what it changes.
         share_samples: whether silos send text that their model wrote to the server; null
             means yes in simulation, no elsewhere.
     """
@@ -153,6 +174,7 @@ class Recipe:
     quorum: float = 1.0
     round_attempts: int = 2
     round_timeout_s: float = 3600.0
+    largest_delta: float = 10.0
     model: ModelConfig = field(default_factory=ModelConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
@@ -176,11 +198,6 @@ class Recipe:
         return self.rounds * self.inner.local_steps
 
     @property
-    def tokens_per_round(self) -> int:
-        """Tokens that one sampled silo trains on in one round."""
-        return self.inner.local_steps * self.inner.batch_size * self.sequence_tokens
-
-    @property
     def own_tokenizers(self) -> bool:
         return self.tokenizer == "own"
 
@@ -193,16 +210,16 @@ class Recipe:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def load_recipe(path: str | Path, overrides: str = "") -> Recipe:
+def load_recipe(path: str | Path, overrides: str = "", folder: Path | None = None) -> Recipe:
     """Read a recipe and apply overrides such as ``"variant=trim inner.local_steps=8"``.
 
-    A relative path is looked up in the working directory, then beside `conf/`. Relative data
-    paths in the file are relative to the file.
+    A relative path is looked up in `folder`, the working directory if None, then beside
+    `conf/`. Relative data paths in the file are relative to the file.
 
     Raises:
         ConfigError: listing every problem found, each with its value and the mend.
     """
-    file = _find_recipe(_expanded(str(path)))
+    file = _find_recipe(_expanded(str(path)), folder or Path.cwd())
     problems: list[str] = []
     assignments = list(_leaves(_read_yaml(file, problems)))
     assignments += _overrides(overrides, problems)
@@ -241,8 +258,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
 
-def _find_recipe(path: Path) -> Path:
-    tried = [path] if path.is_absolute() else [Path.cwd() / path, CONF_DIR.parent / path]
+def _find_recipe(path: Path, folder: Path) -> Path:
+    tried = [path] if path.is_absolute() else [folder / path, CONF_DIR.parent / path]
     for candidate in tried:
         if _is_file(candidate):
             return candidate.resolve()
@@ -284,7 +301,11 @@ def _overrides(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     for word in _words(text, problems):
         key, found, value = word.partition("=")
         if key and found:
-            yield from _leaves({key: _yaml_value(value)})
+            assigned = _yaml_value(value)
+            whole = isinstance(assigned, Mapping) and "model_type" in assigned
+            if key == "model.config" and whole:
+                yield key, None  # another model: nothing of the one before may stay
+            yield from _leaves({key: assigned})
         else:
             problems.append(f"override {word!r}: expected key=value, such as rounds=4")
 
@@ -525,6 +546,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("inner.learning_rate", recipe.inner.learning_rate, 10.0),
         ("inner.clip_norm", recipe.inner.clip_norm, 1e9),
         ("round_timeout_s", recipe.round_timeout_s, 1e7),
+        ("largest_delta", recipe.largest_delta, 1e9),
         ("outer.learning_rate", recipe.outer.learning_rate, 10.0),
         ("outer.epsilon", recipe.outer.epsilon, 1.0),
     )

@@ -133,6 +133,7 @@ class TokenStream:
         train, validation: [n] the tokenizer's ids (local only through `vocabulary`).
         unigram: [|V_k|] float64, the share of each local id in the training split, add-one.
         validation_bytes: UTF-8 bytes of the validation text, every byte counted.
+        lossy_documents: validation documents that do not come back whole from their ids.
     """
 
     train: npt.NDArray[Any]
@@ -141,6 +142,7 @@ class TokenStream:
     unigram: npt.NDArray[np.float64]
     validation_bytes: int
     train_bytes: int
+    lossy_documents: int = 0
 
     def unigram_nats(self) -> float:
         """Mean cross-entropy of the validation tokens under the training unigram (UNIGRAM-CE)."""
@@ -171,6 +173,7 @@ def load_tokens(
         unigram=smoothed / smoothed.sum(),
         validation_bytes=corpus.validation_bytes,
         train_bytes=corpus.train_bytes,
+        lossy_documents=int(np.load(folder / "lossy.npy", allow_pickle=False)),
     )
 
 
@@ -192,7 +195,15 @@ def _write_tokens(
         for ids in _packed(corpus.texts("validation"), tokenizer):
             validation.append(np.asarray(rewrite(ids.tolist()), dtype=np.int64))
     np.save(folder / "vocabulary.npy", vocabulary.ids)
+    np.save(folder / "lossy.npy", np.asarray(_lossy(corpus, tokenizer)))
     np.save(folder / "counts.npy", counts)
+
+
+def _lossy(corpus: Corpus, tokenizer: Tokenizer) -> int:
+    texts = list(corpus.texts("validation"))
+    return sum(
+        tokenizer.decode(i) != t for i, t in zip(tokenizer.encode(texts), texts, strict=True)
+    )
 
 
 def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:

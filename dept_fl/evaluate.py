@@ -20,20 +20,21 @@ class Evaluation:
     """A model on a silo's validation split.
 
     Attributes:
-        loss: mean cross-entropy in nats per token, document ends included.
+        validation_loss: mean cross-entropy in nats per token, document ends included.
         bits_per_byte: total bits over the UTF-8 bytes of the text: comparable across
             tokenizers, which perplexity is not.
         unigram_bits_per_byte: the same of the training split's unigram distribution, the
             floor that needs no context (paper: UNIGRAM-CE).
-        activation_norm: mean L2 norm of the last hidden state over positions of one batch.
+        activation_norm: mean L2 norm over positions of what enters the last block, on one
+            batch; behind it the final norm would hide any growth.
     """
 
-    loss: float
+    validation_loss: float
     perplexity: float
     bits_per_byte: float
     unigram_bits_per_byte: float
     unigram_perplexity: float
-    tokens: int
+    validation_tokens: int
     activation_norm: float
 
 
@@ -55,12 +56,12 @@ def evaluate(
     tokens = len(local) - 1
     unigram = stream.unigram_nats()
     return Evaluation(
-        loss=nats / tokens,
+        validation_loss=nats / tokens,
         perplexity=_exp(nats / tokens),
         bits_per_byte=bits_per_byte(nats, stream.validation_bytes),
         unigram_bits_per_byte=bits_per_byte(unigram * tokens, stream.validation_bytes),
         unigram_perplexity=_exp(unigram),
-        tokens=tokens,
+        validation_tokens=tokens,
         activation_norm=norm,
     )
 
@@ -70,7 +71,7 @@ def bits_per_byte(nats: float, utf8_bytes: int) -> float:
 
 
 def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # a diverged model has a finite figure too
+    return math.exp(min(nats, 600.0))  # a diverged model has a finite figure too
 
 
 def _windows(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
@@ -87,15 +88,23 @@ def _windows(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
 
 
 def _activation_norm(model: PreTrainedModel, sequences: torch.Tensor) -> float:
-    last = model(input_ids=sequences[:, :-1], output_hidden_states=True).hidden_states[-1]
-    return float(last.float().norm(dim=-1).mean())
+    entering = model(input_ids=sequences[:, :-1], output_hidden_states=True).hidden_states[-2]
+    return float(entering.float().norm(dim=-1).mean())
 
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, stream: TokenStream, tokenizer: Tokenizer, length: int, seed: int
+    model: PreTrainedModel,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    length: int,
+    window: int,
+    seed: int,
 ) -> str:
-    """Text that the model writes behind a document's end, decoded with the silo's tokenizer."""
+    """Text of `length` tokens that the model writes behind a document's end.
+
+    The model sees the last `window` tokens of it.
+    """
     device = next(model.parameters()).device
     local = stream.vocabulary.local_ids()
     start = torch.tensor([[local[tokenizer.end_id]]], device=device)
@@ -103,14 +112,15 @@ def sample(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        ids = _draw(model, start, length)
+        ids = _draw(model, start, length, window)
     return tokenizer.decode([int(stream.vocabulary.ids[i]) for i in ids[0, 1:].tolist()])
 
 
 def _draw(
-    model: nn.Module, ids: torch.Tensor, length: int, temperature: float = 0.8
+    model: nn.Module, ids: torch.Tensor, length: int, window: int, temperature: float = 0.8
 ) -> torch.Tensor:
+
     for _ in range(length):
-        logits = model(input_ids=ids).logits[:, -1].float() / temperature
+        logits = model(input_ids=ids[:, -window:]).logits[:, -1].float() / temperature
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
     return ids

@@ -137,9 +137,11 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Tensors
 ) -> None:
-    """Put back what `optimizer_state` took. Scalars (step counts) stay on the CPU."""
+    """Put back what `optimizer_state` took, all of it on the parameter's device.
+
+    Step counts too: a fused optimiser reads them there.
+    """
     for key, value in state.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
-        moved = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-        optimizer.state[parameter][kind] = moved
+        optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)

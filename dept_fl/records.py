@@ -44,7 +44,9 @@ _COUNTS = (
     "validation_bytes",
     "train_documents",
     "duplicates",
+    "lossy_documents",
 )
+_LARGEST_METRIC = 1e300  # finite figures made of metrics stay finite
 _MEASURES = ("unigram_bits_per_byte", "step_s", "prepare_s")
 
 
@@ -150,7 +152,14 @@ def raise_failure(content: RecordDict) -> None:
     """Raise BadUpdate if the reply is a `failure`."""
     record = content.config_records.get(TASK)
     if record is not None and "error" in record:
-        raise BadUpdate(str(record["error"])[:2000])
+        raise BadUpdate(printable(str(record["error"])))
+
+
+def printable(text: str, longest: int = 2000) -> str:
+    """Text from elsewhere for a terminal: no control characters but line ends, indented."""
+    lines = text[:longest].splitlines()
+    clean = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+    return "\n    ".join(clean)
 
 
 def hosts_record(silos: list[str], simulated: bool) -> RecordDict:
@@ -184,20 +193,32 @@ def read_registration(content: RecordDict, silo: str) -> Registration:
     if record.get("silo") != silo:
         raise BadUpdate(f"answers for silo {record.get('silo')!r}, asked was {silo!r}")
     counts = {key: int(_number(record, key)) for key in _COUNTS}
-    measures = {key: _number(record, key) for key in _MEASURES}
+    measures = {key: float(_number(record, key)) for key in _MEASURES}
+    for key, value in (*counts.items(), *measures.items()):
+        if not 0 <= value < 1e15:
+            raise BadUpdate(f"{key}={value!r} is not plausible")
     if not 0 < counts["vocabulary"] <= counts["tokenizer_size"] < 1 << 31:
         raise BadUpdate(f"vocabulary of {counts['vocabulary']} ids is not plausible")
-    rows = None
-    if ROWS in content.array_records:
-        rows = torch.from_numpy(_view(ROWS, content.array_records[ROWS][ROWS]).copy())
     return Registration(
         silo=silo,
         fingerprint=str(record.get("fingerprint", "")),
         on_gpu=bool(record.get("on_gpu", False)),
-        rows=rows,
+        rows=_rows(content),
         **counts,
         **measures,  # type: ignore[arg-type]
     )
+
+
+def _rows(content: RecordDict) -> torch.Tensor | None:
+    if ROWS not in content.array_records:
+        return None
+    record = content.array_records[ROWS]
+    if list(record) != [ROWS]:
+        raise BadUpdate("its token ids are not one array")
+    view = _view(ROWS, record[ROWS])
+    if view.dtype != np.int64 or view.ndim != 1:
+        raise BadUpdate(f"its token ids are {view.dtype} {view.shape}, expected a list of int64")
+    return torch.from_numpy(view.copy())
 
 
 # ---- training ---------------------------------------------------------------------------
@@ -253,6 +274,9 @@ def read_update(content: RecordDict, body: Shapes, embeddings: Shapes) -> Update
     record = _config(content)
     if BODY not in content.array_records or METRICS not in content.metric_records:
         raise BadUpdate("has no body or no metrics")
+    unknown = content.keys() - {TASK, BODY, EMBEDDINGS, METRICS}
+    if unknown:
+        raise BadUpdate(f"has records nobody asked for: {', '.join(sorted(unknown)[:3])}")
     return Update(
         silo=str(record.get("silo")),
         round=int(_number(record, "round")),
@@ -274,7 +298,7 @@ def read_finished(content: RecordDict, silo: str) -> tuple[dict[str, float], str
     record = _config(content)
     if record.get("silo") != silo or METRICS not in content.metric_records:
         raise BadUpdate("is not an evaluation of this silo")
-    return _metrics(content), str(record.get("sample", ""))
+    return _metrics(content), str(record.get("sample", ""))[:100_000]
 
 
 def _config(content: RecordDict) -> ConfigRecord:
@@ -286,15 +310,15 @@ def _config(content: RecordDict) -> ConfigRecord:
 
 def _number(record: ConfigRecord, key: str) -> float:
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadUpdate(f"{key}={value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+        raise BadUpdate(f"{key}={value!r:.100} is not a number")
     return value
 
 
 def _metrics(content: RecordDict) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for key, value in content.metric_records[METRICS].items():
-        if isinstance(value, list) or not math.isfinite(value):
+        if isinstance(value, list) or not abs(value) < _LARGEST_METRIC:
             raise BadUpdate(f"metric {key}={value!r} is not a finite number")
         metrics[key] = float(value)
     return metrics

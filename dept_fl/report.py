@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,12 @@ class Ledger:
         kept = [
             e
             for e in self.read()
-            if max(e.get("round", 0), e.get("during_round", 0)) <= round_
-            and e["event"] != "end"
-            and not e.get("final", False)
+            if e["event"] == "failure"  # why a run stopped is worth keeping
+            or (
+                max(e.get("round", 0), e.get("during_round", 0)) <= round_
+                and e["event"] != "end"
+                and not e.get("final", False)
+            )
         ]
         write_whole(self.file, "".join(json.dumps(e, sort_keys=True) + "\n" for e in kept))
 
@@ -163,8 +165,3 @@ def plot(events: list[Event], file: Path) -> None:
     figure.savefig(draft, dpi=120)
     pyplot.close(figure)
     draft.replace(file)
-
-
-def finite(value: float) -> float:
-    """A figure that JSON can hold."""
-    return value if math.isfinite(value) else 1e308

@@ -44,7 +44,9 @@ class Registration:
     Attributes:
         fingerprint: of a shared tokenizer; empty where the silo's own, which nobody need know.
         rows: [|V_k|] the ids it holds of a shared tokenizer, in TRIM alone.
-        step_s: seconds of one optimiser step, measured; 0 where not measured.
+        step_s: seconds of one optimiser step, measured.
+        lossy_documents: validation documents that the tokenizer does not give back whole, so
+            that the silo's bits per byte are too low.
     """
 
     silo: str
@@ -56,6 +58,7 @@ class Registration:
     validation_bytes: int
     train_documents: int
     duplicates: int
+    lossy_documents: int
     unigram_bits_per_byte: float
     step_s: float
     prepare_s: float
@@ -178,6 +181,7 @@ class Silo:
             validation_bytes=stream.validation_bytes,
             train_documents=self.corpus.train_documents,
             duplicates=self.corpus.duplicates,
+            lossy_documents=stream.lossy_documents,
             unigram_bits_per_byte=bits_per_byte(nats, stream.validation_bytes),
             step_s=self._measure_step(),
             prepare_s=prepare_s,
@@ -220,11 +224,10 @@ class Silo:
         embeddings = self._start_embeddings(task, state)
         model = self._model(task.body, embeddings)
         metrics = _evaluation_metrics(self._evaluate(model))
-        seed = seed_of(self.recipe.seed, "sample", self.name)
-        text = sample(model, self.stream, self.tokenizer, self.recipe.sample_tokens, seed)
         tensors = {**with_prefix("body", task.body), **with_prefix("embeddings", embeddings)}
         meta = {**self._tags(task.round - 1), "recipe": json.loads(self.recipe.to_json())}
         save_state(self.final_folder, tensors, meta)
+        text = self._sample(model)
         write_whole(self.final_folder / "sample.txt", text)
         return metrics, text
 
@@ -243,7 +246,7 @@ class Silo:
             if meta.get(key) != value:
                 raise DeptError(
                     f"silo {self.name}: its state of round {round_} has {key}={meta.get(key)!r}, "
-                    f"the run has {value!r}; start a new run, or put the old {key} back"
+                    f"it is {value!r} now; put the old {key} back, or start a new run"
                 )
         moments = under_prefix("optimizer", tensors) if self.recipe.inner.state == "keep" else {}
         return _State(meta["position"], under_prefix("embeddings", tensors), moments)
@@ -255,6 +258,7 @@ class Silo:
             "round": round_,
             "variant": self.recipe.label,
             "tokenizer": self.tokenizer.fingerprint,
+            "text": self.corpus.digest,
             "model": hashlib.sha256(model.encode()).hexdigest(),
         }
 
@@ -277,6 +281,11 @@ class Silo:
 
     def _evaluate(self, model: PreTrainedModel) -> Evaluation:
         return evaluate(model, self.stream, self.recipe.sequence_tokens, self.recipe.inner)
+
+    def _sample(self, model: PreTrainedModel) -> str:
+        recipe, seed = self.recipe, seed_of(self.recipe.seed, "generated text", self.name)
+        window = recipe.sequence_tokens  # all that learned positions reach
+        return sample(model, self.stream, self.tokenizer, recipe.sample_tokens, window, seed)
 
     def _train(self, model: PreTrainedModel, task: Task, state: _State) -> Training:
         recipe = self.recipe
@@ -308,7 +317,7 @@ class Silo:
         taken = self.recipe.inner.local_steps * self.recipe.inner.batch_size
         meta = {**self._tags(task.round), "position": state.position + taken}
         save_state(round_folder(self._states, task.round), tensors, meta)
-        drop_rounds_before(self._states, task.keep_from)
+        drop_rounds_before(self._states, min(task.keep_from, task.start_round))
 
     def _measure_step(self) -> float:
         """Seconds of a training step, on a model that is thrown away."""
@@ -369,7 +378,7 @@ def _norm(tensors: Tensors) -> float:
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {f"eval_{name}": float(value) for name, value in vars(evaluation).items()}
+    return {name: float(value) for name, value in vars(evaluation).items()}
 
 
 def _training_metrics(training: Training) -> dict[str, float]:

@@ -330,12 +330,12 @@ def _from_packages(silo: str, source: DataSource) -> Iterator[Found]:
     chosen = [
         (label, path)
         for label, path in found
-        if any(fnmatch.fnmatch(label, pattern) for pattern in source.include)
+        if _matches(label, source.include) and not _matches(label, source.exclude)
     ]
     if not chosen:
         raise DeptError(
             f"silo {silo}: no file of {source.packages} matches {source.include}; "
-            f"check silos.{silo}.include"
+            f"check silos.{silo}.include and exclude"
         )
     for label, path in sorted(chosen, key=lambda pair: short_digest(pair[0])):
         try:
@@ -346,6 +346,10 @@ def _from_packages(silo: str, source: DataSource) -> Iterator[Found]:
             yield label, docstrings(text)
         else:
             yield label, without_licence(text) if source.content == "code" else text
+
+
+def _matches(label: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(label, pattern) for pattern in patterns)
 
 
 def _package_files(silo: str, name: str) -> list[tuple[str, Path]]:

@@ -16,7 +16,7 @@ from dept_fl import records
 from dept_fl.config import Recipe
 from dept_fl.cost import cost
 from dept_fl.errors import BadUpdate, DeptError
-from dept_fl.report import Event, Ledger, Screen, duration, finite, plot
+from dept_fl.report import Event, Ledger, Screen, duration, plot
 from dept_fl.rounds import Merge, Server, last_checkpoint
 from dept_fl.silo import Registration, with_shared_tokenizer
 
@@ -98,19 +98,17 @@ class DeptStrategy(Strategy):
         for attempt in range(self._recipe.round_attempts):
             self._merge, self._rows = self._server.open_round(), []
             body = records.to_record(self._server.body)
-            messages = self.configure_train(self._merge.round, body, self._header, grid)
-            replies = self._exchange(grid, messages)
-            self.aggregate_train(self._merge.round, replies)
+            sent = self.configure_train(self._merge.round, body, self._header, grid)
+            self.aggregate_train(self._merge.round, self._exchange(grid, sent, self._merge.round))
             if self._server.has_quorum(self._merge):
                 break
             left = self._recipe.round_attempts - attempt - 1
             self._screen.line(f"round {self._merge.round}: below the quorum; attempts left: {left}")
-        else:
-            if self._simulated:
-                self._screen.line(
-                    "Flower never replaces a simulation worker that died; if one did, start "
-                    "again with resume=true"
-                )
+        if self._simulated and not self._server.has_quorum(self._merge):
+            self._screen.line(
+                "Flower never replaces a simulation worker that died; if one did, start again "
+                "with resume=true"
+            )
         self._close_round(began)
 
     def _close_round(self, began: float) -> None:
@@ -153,9 +151,9 @@ class DeptStrategy(Strategy):
     def _finish(self, grid: Grid) -> None:
         """Every silo gets the final body, evaluates it and keeps it."""
         body = records.to_record(self._server.body)
-        messages = self.configure_evaluate(self._server.round, body, self._header, grid)
-        self._rows = []
-        self.aggregate_evaluate(self._server.round, self._exchange(grid, messages))
+        this, self._rows = self._server.round, []
+        sent = self.configure_evaluate(this, body, self._header, grid)
+        self.aggregate_evaluate(this, self._exchange(grid, sent, this))
         self._screen.final(self._rows)
         for row in self._rows:
             if row["sample"]:
@@ -238,7 +236,7 @@ class DeptStrategy(Strategy):
             try:
                 row = self._accept(reply, silo)
             except BadUpdate as error:
-                self._failure(silo, str(error))
+                self._failure(server_round, silo, str(error))
             else:
                 row["merge_s"] = time.perf_counter() - began
                 self._rows.append(row)
@@ -261,9 +259,9 @@ class DeptStrategy(Strategy):
             silo = self._silo_of.pop(reply.metadata.reply_to_message_id)
             try:
                 metrics, text = records.read_finished(_content(reply), silo)
-                row = _evaluated(metrics)
+                row = _picked(metrics, _EVALUATED)
             except BadUpdate as error:
-                self._failure(silo, str(error))
+                self._failure(server_round, silo, str(error))
                 continue
             self._ledger.write("silo_eval", round=server_round, silo=silo, final=True, **row)
             self._rows.append({"silo": silo, "sample": text, **row})
@@ -280,7 +278,7 @@ class DeptStrategy(Strategy):
         return self._message(silo, content, kind)
 
     def _message(self, silo: str, content: RecordDict, kind: str) -> Message:
-        ttl = self._recipe.round_timeout_s + _GRACE_S
+        ttl = self._deadline_s(len(self._recipe.silo_names)) + _GRACE_S
         return Message(content, self._node_of[silo], kind, ttl=ttl)
 
     def _accept(self, reply: Message, silo: str) -> Event:
@@ -289,38 +287,44 @@ class DeptStrategy(Strategy):
         update = records.read_update(content, self._server.layout.body, shapes)
         if update.silo != silo:
             raise BadUpdate(f"answers for silo {update.silo!r}")
-        evaluated = _evaluated(update.metrics)
-        own = _trained(update.metrics)
+        evaluated = _picked(update.metrics, _EVALUATED)
+        own = _picked(update.metrics, _TRAINED)
         self._server.add(self._merge, update)
         up, down = records.split_bytes(content), self._sent_bytes[silo]
         return {
             "silo": silo,
             **evaluated,
             **own,
-            "tokens_per_s": own["tokens"] / max(own["train_s"], 1e-9),
+            "tokens_per_s": own["tokens"] / max(own["train_s"], 1e-3),
             "bytes_up_body": up[0],
             "bytes_up_embeddings": up[1],
             "bytes_down_body": down[0],
             "bytes_down_embeddings": down[1],
         }
 
-    def _exchange(self, grid: Grid, messages: list[Message]) -> Iterator[Message]:
+    def _deadline_s(self, silos: int) -> float:
+        """Seconds until replies are due: simulated silos queue for the machine."""
+        return self._recipe.round_timeout_s * (silos if self._simulated else 1)
+
+    def _exchange(self, grid: Grid, messages: list[Message], round_: int) -> Iterator[Message]:
         """Push messages; pull the replies one at a time, in the order of the messages.
 
-        What has not come when the round's time is over is named as missing.
+        What has not come when the time is over is named as missing. The messages are emptied
+        once they are sent, so that only Flower holds what is on its way.
         """
         silos = [str(m.content.config_records[records.TASK]["silo"]) for m in messages]
         began = time.monotonic()
         ids = list(grid.push_messages(messages))
-        del messages
+        messages.clear()
         self._push_s, self._wait_s = time.monotonic() - began, 0.0
-        deadline = time.monotonic() + self._recipe.round_timeout_s
+        due_s = self._deadline_s(len(silos))
+        deadline = time.monotonic() + due_s
         for message_id, silo in zip(ids, silos, strict=True):
             waiting = time.monotonic()
             reply = _wait_for(grid, message_id, deadline)
             self._wait_s += time.monotonic() - waiting
             if reply is None:
-                self._failure(silo, f"no reply within {self._recipe.round_timeout_s:g} s")
+                self._failure(round_, silo, f"no reply within {due_s:g} s (round_timeout_s)")
             else:
                 self._silo_of[message_id] = silo
                 yield reply
@@ -360,20 +364,28 @@ class DeptStrategy(Strategy):
             messages.append(self._message(name, content, records.QUERY_REGISTER))
         found: dict[str, Registration] = {}
         problems = []
-        for reply in self._exchange(grid, messages):
+        for reply in self._exchange(grid, messages, 0):
             silo = self._silo_of.pop(reply.metadata.reply_to_message_id)
             try:
                 content = _content(reply)
                 records.raise_failure(content)
                 found[silo] = records.read_registration(content, silo)
             except BadUpdate as error:
-                problems.append(str(error))
+                problems.append(_of_silo(silo, str(error)))
                 continue
             r = found[silo]
             self._screen.line(
                 f"  {silo}: {r.train_documents:,} documents, {r.duplicates:,} duplicates dropped, "
                 f"vocabulary {r.vocabulary:,}, ready in {duration(r.prepare_s)}"
             )
+            if r.lossy_documents:
+                self._screen.line(
+                    f"  warning: the tokenizer loses text of {silo} ({r.lossy_documents} documents "
+                    "of its validation split): its bits per byte are lower than they should be"
+                )
+        unheard = [silo for silo in names if silo not in found]
+        if unheard and not problems:
+            problems.append(f"no answer from {', '.join(unheard)}; raise round_timeout_s")
         if problems:
             raise DeptError("\n".join(["not every silo is ready:", *problems]))
         self._warn_of_hidden_gpu(found)
@@ -401,10 +413,8 @@ class DeptStrategy(Strategy):
         side_by_side = max(1, min((os.cpu_count() or 1) // 2, len(registrations)))
         return share * sum(one_step) * steps / side_by_side
 
-    def _failure(self, silo: str, reason: str) -> None:
-        round_ = self._merge.round if hasattr(self, "_merge") else 0
-        line = f"silo {silo}: {reason}" if not reason.startswith("silo ") else reason
-        self._screen.line(f"round {round_}: rejected: {line}")
+    def _failure(self, round_: int, silo: str, reason: str) -> None:
+        self._screen.line(f"round {round_}: rejected: {_of_silo(silo, reason)}")
         self._ledger.write("failure", round=round_, silo=silo, reason=reason)
 
 
@@ -413,30 +423,43 @@ _EVALUATED = (
     "perplexity",
     "unigram_bits_per_byte",
     "unigram_perplexity",
-    "loss_validation",
+    "validation_loss",
     "validation_tokens",
     "activation_norm",
 )
-_EVALUATED_BY = {"loss_validation": "eval_loss", "validation_tokens": "eval_tokens"}
+_TRAINED = (
+    "loss",
+    "last_loss",
+    "tokens",
+    "gradient_norm",
+    "body_norm",
+    "embedding_norm",
+    "body_delta_norm",
+    "embedding_delta_norm",
+    "load_s",
+    "evaluate_s",
+    "train_s",
+    "save_s",
+    "encode_s",
+)
 
 
-def _evaluated(metrics: dict[str, float]) -> Event:
+def _picked(metrics: dict[str, float], keys: tuple[str, ...]) -> Event:
+    """The metrics by these names and no others: a silo must not choose names in our ledger."""
     try:
-        return {k: finite(metrics[_EVALUATED_BY.get(k, f"eval_{k}")]) for k in _EVALUATED}
+        return {key: metrics[key] for key in keys}
     except KeyError as error:
         raise BadUpdate(f"has no metric {error}") from error
 
 
-def _trained(metrics: dict[str, float]) -> Event:
-    missing = [key for key in ("loss", "tokens", "train_s") if key not in metrics]
-    if missing:
-        raise BadUpdate(f"has no metric {missing[0]!r}")
-    return {key: value for key, value in metrics.items() if not key.startswith("eval_")}
+def _of_silo(silo: str, reason: str) -> str:
+    return reason if reason.startswith(f"silo {silo}: ") else f"silo {silo}: {reason}"
 
 
 def _content(reply: Message) -> RecordDict:
     if reply.has_error():
-        raise BadUpdate(f"error {reply.error.code}: {reply.error.reason}")
+        reason = records.printable(str(reply.error.reason))
+        raise BadUpdate(f"error {reply.error.code}: {reason}")
     return reply.content
 
 

@@ -559,9 +559,13 @@ def test_the_error_text_has_a_line_for_each_problem(tiny_file: Path) -> None:
 # ---- what follows from the settings ------------------------------------------------------
 
 
-def test_a_recipe_counts_its_steps_and_tokens(recipe: RecipeOf) -> None:
-    made = recipe("rounds=5 inner.local_steps=3 inner.batch_size=4 sequence_tokens=16")
-    assert (made.total_steps, made.tokens_per_round) == (15, 3 * 4 * 16)
+def test_the_schedule_runs_over_all_rounds(recipe: RecipeOf) -> None:
+    assert recipe("rounds=5 inner.local_steps=3").total_steps == 15
+
+
+def test_a_model_given_anew_keeps_nothing_of_the_one_before(recipe: RecipeOf) -> None:
+    made = recipe("'model.config={model_type: gpt2, n_embd: 16}'")
+    assert made.model.config == {"model_type": "gpt2", "n_embd": 16}
 
 
 @pytest.mark.parametrize(("micro", "expected"), [(0, 4), (2, 2), (4, 4)])

@@ -36,7 +36,7 @@ def test_a_model_of_zeros_is_uniform():
             parameter.zero_()
     # 22 predicted tokens of log2(8) = 3 bits over 33 bytes: 2 bits per byte.
     found = evaluate(model, stream(tokens=23, text_bytes=33), 4, InnerConfig(batch_size=3))
-    assert found.tokens == 22
+    assert found.validation_tokens == 22
     assert found.bits_per_byte == pytest.approx(2.0)
     assert found.perplexity == pytest.approx(8.0)
     assert found.unigram_bits_per_byte == pytest.approx(2.0)

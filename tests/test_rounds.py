@@ -43,6 +43,7 @@ def holds(silo: str, rows: list[int], tokens: int = 6) -> Registration:
         validation_bytes=1,
         train_documents=1,
         duplicates=0,
+        lossy_documents=0,
         unigram_bits_per_byte=1.0,
         step_s=0.0,
         prepare_s=0.0,
