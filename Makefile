@@ -24,7 +24,6 @@ format: setup
 
 setup: $(VENV)/.ready
 
-# torch first and alone: elsewhere than on a CPU machine, pick its index as PyTorch's site says.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -3,5 +3,5 @@
 A silo is a place: its data, tokenizer, embeddings and training state stay there.
 The transformer body is a traveller: it alone is sent and averaged.
 
-Reading order: config, model, variants, train, outer, silo, rounds; then records, strategy.
+Reading order: rounds, silo, variants, train, outer; then records and strategy.
 """

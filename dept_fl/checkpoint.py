@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -103,6 +104,24 @@ def _is_stale(path: Path) -> bool:
     except OSError:  # its writer is just moving or removing it
         return False
     return time.time() - newest > _STALE_S
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        DeptError: another process holds it.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DeptError(
+                f"{folder}: another run writes here; wait for its end, stop it, or name another "
+                "run-dir"
+            ) from error
+        yield
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -12,14 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
+import torch
 import typer
 
 from dept_fl.config import CONF_DIR, home_dir, load_recipe
 from dept_fl.errors import DeptError
+from dept_fl.model import layout
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="DEPT pre-training on Flower.")
 
@@ -51,7 +54,8 @@ def run(
     """
     try:
         path, words = _recipe_path(recipe), " ".join(map(shlex.quote, overrides or []))
-        load_recipe(path, words)  # every mistake shows before any process starts
+        made = load_recipe(path, words)  # every mistake shows before any process starts
+        layout(made.model, made.sequence_tokens)
         config = {
             "recipe": path,
             "overrides": words,
@@ -59,7 +63,9 @@ def run(
             "run-dir": str(Path(run_dir).expanduser().absolute()) if run_dir else "",
             "resume": resume,
         }
-        status = _simulate(config, nodes, cpus)
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGHUP, _interrupt)
+        status = _simulate(config, nodes, cpus, len(made.silo_names))
     except DeptError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -77,7 +83,11 @@ def _recipe_path(recipe: str) -> str:
     return str(path.resolve()) if path.is_file() else recipe
 
 
-def _simulate(config: dict[str, Any], nodes: int, cpus: int) -> str:
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt  # so that SIGTERM and a closed terminal end the SuperLink too
+
+
+def _simulate(config: dict[str, Any], nodes: int, cpus: int, silos: int) -> str:
     """Submit one run to a SuperLink of our own; return Flower's final status of it."""
     flower_home = Path(config["home"]) / "flower"
     environment = _environment(flower_home)
@@ -86,7 +96,7 @@ def _simulate(config: dict[str, Any], nodes: int, cpus: int) -> str:
         settings = Path(environment["FLWR_HOME"]) / "run-config.toml"
         settings.write_text("".join(f"{k} = {_toml(v)}\n" for k, v in config.items()), "utf-8")
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
-        federation += _gpu_share() + f" init-args-num-cpus={max(os.cpu_count() or 1, cpus)}"
+        federation += f" init-args-num-cpus={_cpus_to_use(cpus, silos)}{_gpu_share()}"
         command = ["flwr", "run", str(CONF_DIR.parent), connection, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", federation]
         try:
@@ -96,7 +106,8 @@ def _simulate(config: dict[str, Any], nodes: int, cpus: int) -> str:
             raise
         status = _last_status(connection, environment)
     if status == _COMPLETED:
-        shutil.rmtree(environment["FLWR_HOME"])  # Flower's copy of the app and its logs
+        # Flower's copy of the app and its logs
+        shutil.rmtree(environment["FLWR_HOME"], ignore_errors=True)
     return status
 
 
@@ -104,9 +115,14 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings and booleans are alike in both
 
 
-def _gpu_share() -> str:
-    import torch
+def _cpus_to_use(cpus: int, silos: int) -> int:
+    """Cores for the simulation: those this process may use, and no more than the silos need."""
+    usable = getattr(os, "sched_getaffinity", None)
+    have = len(usable(0)) if usable else os.cpu_count() or 1
+    return max(cpus, min(have, cpus * silos))
 
+
+def _gpu_share() -> str:
     # Flower hides GPUs from simulated clients that do not ask for a share of one.
     return " client-resources-num-gpus=1.0" if torch.cuda.is_available() else ""
 
@@ -169,19 +185,38 @@ def _wait_until_up(process: subprocess.Popen[bytes], port: int, folder: Path) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the SuperLink, which ends its own children; then whatever is left of them."""
+    """End the SuperLink, and see to it that all it started has ended too.
+
+    Its children live in sessions of their own and notice only by and by that it is gone.
+    """
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
     process.terminate()
     try:
         process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    for end in (lambda child: None, psutil.Process.terminate, psutil.Process.kill):
+        for child in _living(family):
+            with suppress(psutil.NoSuchProcess):
+                end(child)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S / 3
+        while _living(family) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _living(family: list[psutil.Process]) -> list[psutil.Process]:
+    return [child for child in family if _lives(child)]
+
+
+def _lives(child: psutil.Process) -> bool:
     try:
-        os.killpg(process.pid, signal.SIGTERM)
-        time.sleep(1.0)
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        return child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _runs(connection: str, environment: dict[str, str]) -> list[dict[str, Any]]:
@@ -196,13 +231,12 @@ def _runs(connection: str, environment: dict[str, str]) -> list[dict[str, Any]]:
 
 def _last_status(connection: str, environment: dict[str, str]) -> str:
     """The status Flower gives the run: `flwr run --stream` exits 0 for a failed one too."""
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    while True:
+    while True:  # the log's stream may break while the run is well
         runs = _runs(connection, environment)
         status = str(runs[0]["status"]) if runs else "never started"
-        if status.startswith("finished") or not runs or time.monotonic() > deadline:
+        if status.startswith("finished") or not runs:
             return status
-        time.sleep(0.5)
+        time.sleep(1.0)
 
 
 def _stop_runs(connection: str, environment: dict[str, str]) -> None:

@@ -224,12 +224,17 @@ def _rows(content: RecordDict) -> torch.Tensor | None:
 # ---- training ---------------------------------------------------------------------------
 
 
-def task_record(task: Task, header: ConfigRecord, body: ArrayRecord) -> RecordDict:
-    """The message of a task. `body` is the record of task.body, made once for all silos."""
+def task_record(
+    task: Task, header: ConfigRecord, body: ArrayRecord, embeddings: ArrayRecord
+) -> RecordDict:
+    """The message of a task; body and embeddings are records of the task's, made by `to_record`.
+
+    They are given so that what several silos get is serialised, and kept, once.
+    """
     rounds = {"round": task.round, "start_round": task.start_round, "keep_from": task.keep_from}
     content = RecordDict({TASK: ConfigRecord({**header, **rounds}), BODY: body})
-    if task.embeddings:
-        content[EMBEDDINGS] = to_record(task.embeddings)
+    if embeddings:
+        content[EMBEDDINGS] = embeddings
     return content
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,19 +265,28 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 
 def last_checkpoint(run_dir: Path, recipe: Recipe) -> tuple[Tensors, dict[str, Any]]:
-    """The newest checkpoint of a run that has one.
+    """The newest checkpoint of a run that can be read: where one is damaged, that before it.
 
     Raises:
-        ConfigError: it was made with other settings.
+        ConfigError: it was made with other settings. DeptError: none can be read.
     """
-    folder = run_dir / "checkpoints"
-    rounds = rounds_on_disk(folder)
-    tensors, meta = load_state(round_folder(folder, rounds[-1]))
+    tensors, meta = _newest_whole(run_dir / "checkpoints")
     changed = differences(recipe_from_json(json.dumps(meta["recipe"])), recipe)
     changed = [line for line in changed if line.split(":")[0] not in FREE_ON_RESUME]
     if changed:
         raise ConfigError([f"resume with another recipe: {line}" for line in changed])
     return tensors, meta
+
+
+def _newest_whole(folder: Path) -> tuple[Tensors, dict[str, Any]]:
+    damaged = []
+    for round_ in reversed(rounds_on_disk(folder)):
+        try:
+            return load_state(round_folder(folder, round_))
+        except DeptError as error:
+            damaged.append(str(error))
+            warnings.warn(f"{error}; trying the round before", stacklevel=2)
+    raise DeptError("\n".join([f"no checkpoint in {folder} can be read:", *damaged]))
 
 
 def _check_rows(registration: Registration, known: bool) -> None:

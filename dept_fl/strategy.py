@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -44,7 +45,7 @@ class DeptStrategy(Strategy):
         self._silo_of: dict[str, str] = {}  # by id of the message sent
         self._simulated = False
         self._round_s: list[float] = []
-        self._push_s = self._wait_s = 0.0
+        self._push_s = self._wait_s = self._transfer_s = 0.0
         self._sent_bytes: dict[str, tuple[int, int]] = {}  # by silo: body, embeddings
         self._server: Server
         self._merge: Merge
@@ -221,10 +222,7 @@ class DeptStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message for each sampled silo, all with the same record of the body."""
-        return [
-            self._task_message(silo, arrays, config, MessageType.TRAIN)
-            for silo in self._merge.sampled
-        ]
+        return self._task_messages(self._merge.sampled, arrays, config, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -246,10 +244,7 @@ class DeptStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The final body to every silo, sampled or not."""
-        return [
-            self._task_message(silo, arrays, config, MessageType.EVALUATE)
-            for silo in self._recipe.silo_names
-        ]
+        return self._task_messages(self._recipe.silo_names, arrays, config, MessageType.EVALUATE)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -269,13 +264,20 @@ class DeptStrategy(Strategy):
 
     # ---- messages ---------------------------------------------------------------------------
 
-    def _task_message(
-        self, silo: str, body: ArrayRecord, header: ConfigRecord, kind: str
-    ) -> Message:
-        addressed = ConfigRecord({**header, "silo": silo})
-        content = records.task_record(self._server.task(silo), addressed, body)
-        self._sent_bytes[silo] = records.split_bytes(content)
-        return self._message(silo, content, kind)
+    def _task_messages(
+        self, silos: list[str], body: ArrayRecord, header: ConfigRecord, kind: str
+    ) -> list[Message]:
+        messages = []
+        embeddings: ArrayRecord | None = None
+        for silo in silos:
+            task = self._server.task(silo)
+            if embeddings is None or self._server.registrations[silo].rows is not None:
+                embeddings = records.to_record(task.embeddings)  # else all silos get the same
+            addressed = ConfigRecord({**header, "silo": silo})
+            content = records.task_record(task, addressed, body, embeddings)
+            self._sent_bytes[silo] = records.split_bytes(content)
+            messages.append(self._message(silo, content, kind))
+        return messages
 
     def _message(self, silo: str, content: RecordDict, kind: str) -> Message:
         ttl = self._deadline_s(len(self._recipe.silo_names)) + _GRACE_S
@@ -295,6 +297,7 @@ class DeptStrategy(Strategy):
             "silo": silo,
             **evaluated,
             **own,
+            "transfer_s": self._transfer_s,
             "tokens_per_s": own["tokens"] / max(own["train_s"], 1e-3),
             "bytes_up_body": up[0],
             "bytes_up_embeddings": up[1],
@@ -321,8 +324,8 @@ class DeptStrategy(Strategy):
         deadline = time.monotonic() + due_s
         for message_id, silo in zip(ids, silos, strict=True):
             waiting = time.monotonic()
-            reply = _wait_for(grid, message_id, deadline)
-            self._wait_s += time.monotonic() - waiting
+            reply, self._transfer_s = _wait_for(grid, message_id, deadline)
+            self._wait_s += time.monotonic() - waiting - self._transfer_s
             if reply is None:
                 self._failure(round_, silo, f"no reply within {due_s:g} s (round_timeout_s)")
             else:
@@ -340,7 +343,7 @@ class DeptStrategy(Strategy):
         ids = list(grid.push_messages(sent))
         deadline = time.monotonic() + _NODES_TIMEOUT_S
         for message_id, node in zip(ids, nodes, strict=True):
-            reply = _wait_for(grid, message_id, deadline)
+            reply, _ = _wait_for(grid, message_id, deadline)
             try:
                 if reply is None:
                     raise BadUpdate("does not answer")
@@ -392,8 +395,6 @@ class DeptStrategy(Strategy):
         return found
 
     def _warn_of_hidden_gpu(self, found: dict[str, Registration]) -> None:
-        import torch
-
         if self._simulated and torch.cuda.is_available() and not any(
             r.on_gpu for r in found.values()
         ):  # fmt: skip
@@ -409,8 +410,9 @@ class DeptStrategy(Strategy):
         one_step = [r.step_s for r in registrations]
         if not self._simulated:
             return max(one_step) * steps
-        # Flower gives each simulated client two cores, so that many train side by side.
-        side_by_side = max(1, min((os.cpu_count() or 1) // 2, len(registrations)))
+        # Flower gives each simulated client two cores, and `dept run` a GPU where there is one.
+        on_gpu = any(r.on_gpu for r in registrations)
+        side_by_side = 1 if on_gpu else max(1, min((os.cpu_count() or 1) // 2, len(registrations)))
         return share * sum(one_step) * steps / side_by_side
 
     def _failure(self, round_: int, silo: str, reason: str) -> None:
@@ -463,14 +465,18 @@ def _content(reply: Message) -> RecordDict:
     return reply.content
 
 
-def _wait_for(grid: Grid, message_id: str, deadline: float) -> Message | None:
-    """The reply to a message, or None when the deadline has passed without one."""
+def _wait_for(grid: Grid, message_id: str, deadline: float) -> tuple[Message | None, float]:
+    """The reply to a message and the seconds it took to fetch once it was there.
+
+    None when the deadline has passed without one.
+    """
     pause_s = 0.02
     while True:
+        began = time.monotonic()
         for reply in grid.pull_messages([message_id]):
-            return reply
+            return reply, time.monotonic() - began
         if time.monotonic() >= deadline:
-            return None
+            return None, 0.0
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 1.0)
 

@@ -31,16 +31,16 @@ def dept(*words: str, home: Path, **options: object) -> subprocess.CompletedProc
 
 
 def processes(word: str) -> list[int]:
-    """Live processes with a word in their command line."""
+    """Live processes with a word in their command line or environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            told = b"".join((folder / name).read_bytes() for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if word in line and int(folder.name) != os.getpid():
+        if word in told.replace(b"\0", b" ").decode(errors="replace"):
             found.append(int(folder.name))
-    return found
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def test_dept_run_gives_the_tensors_of_the_plain_algorithm_and_leaves_no_process(
@@ -148,9 +148,8 @@ def test_a_killed_run_resumed_gives_the_tensors_of_an_unbroken_one(
     deadline = time.monotonic() + 120
     while not (run_dir / "checkpoints" / "round-00003").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in processes("flwr-simulation"):
-        if str(home) in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace"):
-            os.kill(pid, signal.SIGKILL)
+    for pid in set(processes("flwr-simulation")) & set(processes(str(home))):
+        os.kill(pid, signal.SIGKILL)
     output, _ = first.communicate(timeout=180)
     assert first.returncode == 1, output
     second = dept(*words, "--resume", home=home)
@@ -159,3 +158,19 @@ def test_a_killed_run_resumed_gives_the_tensors_of_an_unbroken_one(
     server, _ = trained(recipe("rounds=40"), home)
     tensors, _ = load_state(round_folder(run_dir / "checkpoints", 40))
     assert same(under_prefix("body", tensors), server.body)
+
+
+def test_sigterm_ends_everything_and_the_run_can_be_resumed(tiny_file: Path, tmp_path: Path):
+    home, run_dir = tmp_path / "home", tmp_path / "run"
+    words = ["run", str(tiny_file), "rounds=400", "--run-dir", str(run_dir)]
+    environment = {**os.environ, "DEPT_HOME": str(home)}
+    command = [str(SCRIPTS / "dept"), *words]
+    running = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "round-00002").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.terminate()
+    _, printed = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "go on with --resume" in printed
+    assert processes(str(home)) == []

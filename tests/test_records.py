@@ -155,3 +155,64 @@ def test_a_message_of_another_version_says_so():
 
 def test_home_is_never_taken_from_a_message(recipe: Callable[..., Recipe], tmp_path: Path):
     assert str(tmp_path) not in str(records.header_record("0" * 12, recipe(), "ant"))
+
+
+def registered(**changes: Any) -> RecordDict:
+    facts = dict.fromkeys(("vocabulary", "tokenizer_size"), 5)
+    facts |= dict.fromkeys(("train_tokens", "train_bytes", "validation_bytes"), 1)
+    facts |= dict.fromkeys(("train_documents", "duplicates", "lossy_documents"), 1)
+    measures = dict.fromkeys(("unigram_bits_per_byte", "step_s", "prepare_s"), 1.0)
+    return RecordDict({"task": ConfigRecord({**facts, **measures, "silo": "ant", **changes})})
+
+
+def test_a_registration_is_read():
+    assert records.read_registration(registered(), "ant").vocabulary == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"silo": "bee"}, "answers for silo 'bee'"),
+        ({"vocabulary": 6}, "not plausible"),
+        ({"vocabulary": 0}, "not plausible"),
+        ({"tokenizer_size": 2**40, "vocabulary": 2**40}, "not plausible"),
+        ({"train_tokens": -1}, "not plausible"),
+        ({"step_s": 1e308}, "not a number"),
+        ({"step_s": float("nan")}, "not a number"),
+        ({"step_s": "1"}, "not a number"),
+        ({"train_bytes": 2**63}, "not a number"),
+    ],
+)
+def test_a_registration_that_cannot_be_is_refused(changes: dict[str, Any], reason: str):
+    with pytest.raises(BadUpdate, match=reason):
+        records.read_registration(registered(**changes), "ant")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(3, np.int32),
+        np.zeros((1, 3), np.int64),
+        np.zeros(3, ">i8"),
+        np.array(["a"]),
+        np.zeros(2, "datetime64[s]"),
+    ],
+)
+def test_token_ids_of_another_kind_are_refused(array: np.ndarray):
+    content = registered()
+    content["rows"] = ArrayRecord({"rows": Array(array)})
+    with pytest.raises(BadUpdate, match="token ids are"):
+        records.read_registration(content, "ant")
+    content["rows"] = ArrayRecord({"other": Array(np.zeros(3, np.int64))})
+    with pytest.raises(BadUpdate, match="not one array"):
+        records.read_registration(content, "ant")
+
+
+def test_records_nobody_asked_for_are_refused():
+    with pytest.raises(BadUpdate, match="nobody asked for: extra"):
+        records.read_update(update_content(extra=record()), SHAPES, {})
+
+
+def test_text_from_a_silo_cannot_forge_lines_of_the_terminal():
+    forged = records.printable("bad\nround 5: rejected: silo ant\x1b[2J")
+    assert forged.splitlines()[1] == "    round 5: rejected: silo ant?[2J"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dept_fl.checkpoint import rounds_on_disk
-from dept_fl.config import Recipe
+from dept_fl.config import Recipe, load_recipe
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
 from dept_fl.rounds import Server, last_checkpoint, pretrain
-from dept_fl.silo import Registration, Task, Update
+from dept_fl.silo import Registration, Silo, Task, Update
 from tests.federation import ALL_VARIANTS, same, start, state_of, trained
 
 Make = Callable[..., Recipe]
@@ -271,3 +271,61 @@ def test_a_silo_without_the_state_it_should_start_from_says_so(recipe: Make, hom
     lost = type(silos["ant"])("ant", server.recipe, home, "f" * 12)
     with pytest.raises(DeptError, match="round-00001"):
         lost.train(server.task("ant"))
+
+
+def test_settings_that_change_nothing_may_change_on_resume(
+    recipe: Make, home: Path, tmp_path: Path
+):
+    server, _ = start(recipe(), home)
+    server.save(tmp_path)
+    _, meta = last_checkpoint(tmp_path, recipe("quorum=0.5 round_timeout_s=9 sample_tokens=3"))
+    assert meta["round"] == 0
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipe: Make, home: Path, tmp_path: Path):
+    server, silos = start(recipe(), home)
+    server.save(tmp_path)
+    train_one_round(server, silos)
+    server.save(tmp_path)
+    damage(tmp_path / "checkpoints" / "round-00001" / "tensors.safetensors")
+    with pytest.warns(UserWarning, match=r"round-00001.*damaged.*round before"):
+        _, meta = last_checkpoint(tmp_path, recipe())
+    assert meta["round"] == 0
+    damage(tmp_path / "checkpoints" / "round-00000" / "tensors.safetensors")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(DeptError, match=r"(?s)no checkpoint .*round-00001.*round-00000"),
+    ):
+        last_checkpoint(tmp_path, recipe())
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@every_variant
+def test_text_that_changed_between_rounds_is_noticed(
+    tiny_file: Path, tmp_path: Path, settings: str
+):
+    for file in tiny_file.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    made = load_recipe(tmp_path / "tiny.yaml", settings)
+    server, silos = start(made, tmp_path / "home")
+    train_one_round(server, silos)
+    lines = (tmp_path / "ant.jsonl").read_text().splitlines()
+    (tmp_path / "ant.jsonl").write_text("\n".join(lines[:-1]))
+    changed = Silo("ant", server.recipe, tmp_path / "home", server.experiment)
+    with pytest.raises(DeptError, match=r"silo ant: its state of round 1 has (text|tokenizer)="):
+        changed.train(server.task("ant"))
+
+
+def test_a_quorum_is_not_missed_by_a_rounding_error(recipe: Make):
+    server = trim_server(recipe, "quorum=0.28")
+    merge = server.open_round()
+    merge.sampled = [str(i) for i in range(25)]
+    merge.merged = [str(i) for i in range(7)]
+    assert server.has_quorum(merge)
+    merge.merged.pop()
+    assert not server.has_quorum(merge)

@@ -376,3 +376,101 @@ def test_pretrain_goes_on_where_the_strategy_stopped(recipe: Make, home: Path, t
     server.load(tensors, meta)
     pretrain(server, silos)
     assert same(state_of(server, silos), state_of(*trained(made, home)))
+
+
+def test_metrics_under_foreign_names_change_nothing(recipe: Make, home: Path, tmp_path: Path):
+    def name_them(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train":
+            record = reply.content.metric_records["metrics"]
+            reply.content["metrics"] = MetricRecord(
+                {**record, "round": 99, "event": 1.0, "silo": 2.0, "train_s": 0.0}
+            )
+        return reply
+
+    server, _ = run(recipe("rounds=1"), home, tmp_path, tamper=name_them)
+    rows = [e for e in Ledger(tmp_path).read() if e["event"] == "silo_train"]
+    assert [(e["round"], e["silo"]) for e in rows] == [(1, "ant"), (1, "bee"), (1, "cat")]
+    assert server.round == 1
+
+
+def test_the_reason_of_a_stop_stays_in_the_ledger(recipe: Make, home: Path, tmp_path: Path):
+    with pytest.raises(DeptError):
+        run(recipe("round_attempts=1"), home, tmp_path, tamper=spoil("bee", error, {3}))
+    run(recipe("round_attempts=1"), home, tmp_path, resume=True)
+    failures = [e for e in Ledger(tmp_path).read() if e["event"] == "failure"]
+    assert [(e["round"], e["silo"]) for e in failures] == [(3, "bee")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mpt"])
+def test_a_sample_may_be_longer_than_what_the_model_can_see(
+    recipe: Make, home: Path, tmp_path: Path, kind: str
+):
+    sizes = {
+        "gpt2": "n_embd: 16, n_layer: 1, n_head: 2",
+        "mpt": "d_model: 16, n_layers: 1, n_heads: 2",
+    }
+    model = f"'model.config={{model_type: {kind}, {sizes[kind]}}}'"
+    server, _ = run(recipe(f"{model} rounds=1 sample_tokens=40"), home, tmp_path)
+    assert all(
+        (silo.final_folder / "sample.txt").is_file() for silo in silos_of(server, home).values()
+    )
+
+
+def test_silos_that_do_not_answer_the_registration_are_named(
+    recipe: Make, home: Path, tmp_path: Path
+):
+    def mute(message: Message, reply: Message) -> Message | None:
+        record = message.content.config_records["task"]
+        silent = message.metadata.message_type == "query.register" and record["silo"] == "bee"
+        return None if silent else reply
+
+    with pytest.raises(DeptError, match="no answer from bee; raise round_timeout_s"):
+        run(recipe("round_timeout_s=0.1"), home, tmp_path, tamper=mute)
+
+
+def byte_level_tokenizer(folder: Path) -> None:
+    """A byte-level BPE as Hugging Face saves it, trained on other text than the silos'."""
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<e>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(
+        ["the cat and the leaf on the roof " * 20, "кот на крыше " * 20], trainer
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("variant", ["glob", "trim", "spec"])
+def test_a_shared_hugging_face_tokenizer_serves_all_variants(
+    recipe: Make, home: Path, tmp_path: Path, variant: str
+):
+    byte_level_tokenizer(tmp_path / "tokenizer")
+    words = f"variant={variant} tokenizer=shared shared_tokenizer={tmp_path}/tokenizer rounds=2"
+    server, _ = run(recipe(words), home, tmp_path / "run")
+    sizes = {name: r.vocabulary for name, r in server.registrations.items()}
+    assert (len(set(sizes.values())) == 1) == (variant == "glob")
+    assert all(r.lossy_documents == 0 for r in server.registrations.values())
+
+
+def test_a_tokenizer_that_loses_text_is_said_to(
+    recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<e>": 0, "[UNK]": 1, "leaf": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<e>", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    words_of = f"variant=glob tokenizer=shared shared_tokenizer={folder} rounds=1 only=[ant]"
+    server, _ = run(recipe(words_of), tmp_path / "home", tmp_path / "run")
+    assert server.registrations["ant"].lossy_documents > 0
+    assert "warning: the tokenizer loses text of ant" in capsys.readouterr().out
