@@ -21,7 +21,7 @@ from dept_fl.report import Event, Ledger, Screen, duration, plot
 from dept_fl.rounds import Merge, Server, last_checkpoint
 from dept_fl.silo import Registration, with_shared_tokenizer
 
-_NODES_TIMEOUT_S = 120.0
+_NODES_TIMEOUT_S = 300.0  # the first query pays for starting every worker
 _GRACE_S = 120.0  # a reply that is there at the deadline can still be pulled this long
 
 
@@ -337,7 +337,9 @@ class DeptStrategy(Strategy):
         nodes = _wait_for_nodes(grid)
         header = records.header_record("0" * 12, self._recipe)
         sent = [
-            Message(RecordDict({records.TASK: header}), node, MessageType.QUERY, ttl=_GRACE_S)
+            Message(
+                RecordDict({records.TASK: header}), node, MessageType.QUERY, ttl=_NODES_TIMEOUT_S
+            )
             for node in nodes
         ]
         ids = list(grid.push_messages(sent))
