@@ -60,7 +60,7 @@ def test_the_packages_are_listed_one_by_one() -> None:
 def test_the_licence_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert re.search(r"Apache License\s+Version 2\.0", text)
-    assert PROJECT["project"]["license"] == {"text": "Apache-2.0"}
+    assert PROJECT["project"]["license"] == "Apache-2.0"
 
 
 def test_the_readme_that_is_named_exists() -> None:
