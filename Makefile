@@ -31,9 +31,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 stop:  ## end the local SuperLink that a plain `flwr run .` leaves behind
-	@pids=$$(pgrep -f 'flower-superlink .*--port $(PORT)( |$$)'); \
-	if [ -n "$$pids" ]; then kill $$pids && echo "ended the SuperLink on port $(PORT)"; \
-	else echo "no local SuperLink on port $(PORT)"; fi
+	@$(or $(wildcard $(BIN)/dept),dept) stop --port $(PORT)
 
 clean:  ## remove what the demo wrote here
 	rm -rf silos runs flower tokenizers/*/

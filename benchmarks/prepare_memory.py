@@ -32,13 +32,13 @@ def write_text(file: Path, megabytes: int) -> None:
 
 def prepare(folder: Path) -> None:
     """What a silo does with its text before its first step."""
-    from dept_fl.config import DataSource, Recipe
+    from dept_fl.config import Recipe, SiloConfig
     from dept_fl.data import load_corpus, load_tokens
     from dept_fl.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
     recipe = Recipe()
     began = time.perf_counter()
-    source = DataSource(files=[str(folder / "text.txt")])
+    source = SiloConfig(files=[str(folder / "text.txt")])
     corpus = load_corpus("big", source, recipe, folder / "text")
     print(f"documents {time.perf_counter() - began:7.1f} s, {corpus.train_documents:,} of them")
     sample = corpus.training_sample(recipe.tokenizer_train_bytes)

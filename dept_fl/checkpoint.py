@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dept_fl.errors import DeptError
+from dept_fl.errors import DamagedState, DeptError
 
 Tensors = dict[str, torch.Tensor]
 
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS, _META = "tensors.safetensors", "state.json"
 _ROUND = re.compile(r"round-([0-9]{5,})")
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(draft|old)")
@@ -151,33 +151,40 @@ def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, draft / _TENSORS)
         facts = {**meta, "format": _FORMAT, "sha256": _sha256(draft / _TENSORS)}
-        (draft / _META).write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+        whole = {**facts, "meta_sha256": _digest(facts)}
+        (draft / _META).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read what `save_state` wrote.
 
     Raises:
-        DeptError: the folder is missing, damaged, or of another format.
+        DamagedState: the folder is missing or damaged. DeptError: it is of another format.
     """
     try:
         meta = load_meta(folder)
-        if meta.get("format") != _FORMAT:
-            raise DeptError(
-                f"{folder}: state of format {meta.get('format')!r}, this version reads {_FORMAT}"
-            )
         if _sha256(folder / _TENSORS) != meta["sha256"]:
-            raise DeptError(f"{folder}: {_TENSORS} is damaged (its checksum differs)")
+            raise DamagedState(f"{folder}: {_TENSORS} is damaged (its checksum differs)")
         return load_file(folder / _TENSORS), meta
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise DeptError(f"{folder}: not readable as saved state: {error}") from error
+        raise DamagedState(f"{folder}: not readable as saved state: {error}") from error
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
+    """The facts that `save_state` wrote, without the tensors."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     if not isinstance(meta, dict):
         raise ValueError(f"{_META} holds no mapping")
+    checksum, format_ = meta.pop("meta_sha256", ""), meta.get("format")
+    if checksum != _digest(meta) and (checksum or format_ == _FORMAT):  # format 1 had none
+        raise DamagedState(f"{folder}: {_META} is damaged (its checksum differs)")
+    if format_ != _FORMAT:
+        raise DeptError(f"{folder}: state of format {format_!r}, this version reads {_FORMAT}")
     return meta
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

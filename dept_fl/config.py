@@ -19,13 +19,17 @@ from dept_fl.errors import ConfigError, DeptError
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 RUN_NAME = re.compile(r"(?![.\s])[^/\\\x00-\x1f]{1,100}")
+LEAST_PIECES = 300  # the 256 bytes, specials, and some pieces of text
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
-# Settings that change how a run is carried out, not what comes out of it.
+# Settings of how a run is carried out, and with whom.
 FREE_ON_RESUME = frozenset(
     {
         "name",
+        "without",
+        "min_silos",
         "quorum",
+        "patience",
         "round_attempts",
         "round_timeout_s",
         "largest_delta",
@@ -42,13 +46,14 @@ INNER_STATES = ("keep", "reset")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 OUTER_OPTIMIZERS = ("average", "nesterov", "adam")
+MERGES = ("mean", "median", "trimmed-mean")
 SAMPLE_BY = ("auto", "document", "paragraph", "line")
 CONTENTS = ("text", "code", "docstrings")
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """Where a silo's documents come from: exactly one of `files`, `hub` and `packages`.
+class SiloConfig:
+    """A silo: where its documents come from (one of `files`, `hub`, `packages`), its tokenizer.
 
     Attributes:
         files: paths, folders or globs of .txt, .jsonl and .parquet, compressed or not.
@@ -62,6 +67,9 @@ class DataSource:
         sample_by: what one document of a .txt file is: the whole `document`, a `paragraph` or
             a `line`; `auto` takes whole files where there are many small ones, else paragraphs.
         max_bytes: stop after this many bytes of documents; 0 takes all.
+        tokenizer: a SentencePiece file, a Hugging Face folder or name; empty: trained on the
+            silo's text, or the recipe's shared one.
+        vocab_size: pieces of a tokenizer that is trained; 0 takes the recipe's.
     """
 
     files: list[str] = field(default_factory=list)
@@ -76,6 +84,8 @@ class DataSource:
     sample_by: str = "auto"
     encoding: str = "utf-8"
     max_bytes: int = 0
+    tokenizer: str = ""
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,9 @@ class InnerConfig:
         batch_size: sequences in one step.
         micro_batch_size: sequences in one forward pass (gradient accumulation); 0 = batch_size.
         state: `keep` the optimiser's moments on the silo between rounds, or `reset` them.
+        newcomer_steps: steps with the body frozen that a silo with fresh embeddings of its own
+            takes before its first round, if that is not round 1: a trained body would otherwise
+            first be pulled towards random embeddings.
     """
 
     local_steps: int = 24
@@ -114,6 +127,7 @@ class InnerConfig:
     clip_norm: float = 1.0
     state: str = "keep"
     precision: str = "auto"
+    newcomer_steps: int = 0
 
     @property
     def sequences_per_pass(self) -> int:
@@ -128,9 +142,17 @@ class OuterConfig:
         optimizer: `average` (SGD 1.0 without momentum: plain averaging, as in the paper),
             `nesterov` (DiLoCo's 0.7 and 0.9) or `adam`.
         learning_rate, momentum: null takes the optimiser's own default given above.
+        merge: how deltas become one: the `mean` (paper), or for federations that do not trust
+            every silo, coordinate by coordinate, the `median` or the `trimmed-mean`.
+        trim_fraction: share of the silos that the trimmed mean drops at either end.
+        clip_delta: a silo's delta is scaled down to this many times the running median of the
+            norms of deltas merged before; 0 never does.
     """
 
     optimizer: str = "average"
+    merge: str = "mean"
+    trim_fraction: float = 0.2
+    clip_delta: float = 4.0
     learning_rate: float | None = None
     momentum: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
@@ -149,16 +171,24 @@ class Recipe:
             over the text of all silos, which only a simulation can do.
         vocab_size: pieces of a tokenizer that is trained here.
         sequence_tokens: L, tokens in one training sequence.
-        silos: the silos of a simulation by name; `only` restricts a run to some of them.
+        silos: the silos of a simulation by name. In a deployment every silo is described by a
+            file of its own (`silo_file.py`) and this is not read.
+        only: restricts a run to some silos.
+        without: silos that take no part any more, such as a partner that left; may change on
+            resume.
+        min_silos: a deployment's first round waits for so many silos.
         silos_per_round: how many silos are sampled for a round; 0 = all.
         quorum: least fraction of the sampled silos whose updates a round needs.
-        round_attempts: how often a round below the quorum is tried before the run stops.
-        round_timeout_s: how long the server waits for a silo; in simulation, where silos queue
-            for the machine, for each silo of the round.
-        largest_delta: a silo's delta is refused if its norm is over this many times the norm of
-            what it changes.
+        patience: a deployment's round that has its quorum waits for the other silos until this
+            many times what the quorum took have passed, and not at all for those that are lost.
+        round_attempts: how often silos without an accepted update are asked in a round below
+            the quorum before the run stops.
+        round_timeout_s: how long the server waits for a silo, and the silo may work; in
+            simulation, where silos queue for the machine, for each silo of the round.
+        largest_delta: a silo's delta is refused if its norm is over this many times the running
+            median of the norms merged before.
         share_samples: whether silos send text that their model wrote to the server; null
-            means yes in simulation, no elsewhere.
+            means yes in simulation; in a deployment the silo's file decides.
     """
 
     name: str = "run"
@@ -172,14 +202,17 @@ class Recipe:
     rounds: int = 10
     silos_per_round: int = 0
     quorum: float = 1.0
+    patience: float = 2.0
     round_attempts: int = 2
     round_timeout_s: float = 3600.0
-    largest_delta: float = 10.0
+    largest_delta: float = 100.0
     model: ModelConfig = field(default_factory=ModelConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
-    silos: dict[str, DataSource] = field(default_factory=dict)
+    silos: dict[str, SiloConfig] = field(default_factory=dict)
     only: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+    min_silos: int = 1
     validation_fraction: float = 0.05
     validation_max_bytes: int = 200_000
     deduplicate: bool = True
@@ -189,13 +222,18 @@ class Recipe:
 
     @property
     def silo_names(self) -> list[str]:
-        """The silos of this run, sorted, so that their order never depends on a file's."""
-        return sorted(self.only or self.silos)
+        """The silos of a simulation, sorted, so that their order never depends on a file's."""
+        return sorted(set(self.only or self.silos) - set(self.without))
 
     @property
     def total_steps(self) -> int:
         """T * N_local: the length of a silo's learning-rate schedule."""
         return self.rounds * self.inner.local_steps
+
+    @property
+    def round_tokens(self) -> int:
+        """Tokens that a silo trains on in one round."""
+        return self.inner.local_steps * self.inner.batch_size * self.sequence_tokens
 
     @property
     def own_tokenizers(self) -> bool:
@@ -221,7 +259,7 @@ def load_recipe(path: str | Path, overrides: str = "", folder: Path | None = Non
     """
     file = _find_recipe(_expanded(str(path)), folder or Path.cwd())
     problems: list[str] = []
-    assignments = list(_leaves(_read_yaml(file, problems)))
+    assignments = list(_leaves(read_yaml(file, problems)))
     assignments += _overrides(overrides, problems)
     recipe = _build(assignments, problems)
     model = _with_preset(recipe.model, file.parent, problems)
@@ -249,6 +287,25 @@ def recipe_from_json(text: str) -> Recipe:
     if problems:
         raise ConfigError(problems)
     return recipe
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with some settings by dotted name replaced, checked as a whole.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    problems: list[str] = []
+    made = _build([*_leaves(asdict(recipe)), *settings.items()], problems)
+    if problems:
+        raise ConfigError(problems)
+    return made
+
+
+def require_silos(recipe: Recipe) -> None:
+    """A simulation takes its silos from the recipe: raise ConfigError where it names none."""
+    if not recipe.silos:
+        raise ConfigError(["silos: none; name at least one, such as silos.fr.files=['fr/*.txt']"])
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -281,7 +338,8 @@ def _expanded(path: str) -> Path:
         return Path(path)
 
 
-def _read_yaml(file: Path, problems: list[str]) -> Mapping[str, Any]:
+def read_yaml(file: Path, problems: list[str]) -> Mapping[str, Any]:
+    """The mapping in a YAML file, interpolations resolved; adds to `problems` if there is none."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except Exception as error:  # any YAML or interpolation error, of several libraries
@@ -301,7 +359,7 @@ def _overrides(text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     for word in _words(text, problems):
         key, found, value = word.partition("=")
         if key and found:
-            assigned = _yaml_value(value)
+            assigned = yaml_value(value)
             whole = isinstance(assigned, Mapping) and "model_type" in assigned
             if key == "model.config" and whole:
                 yield key, None  # another model: nothing of the one before may stay
@@ -318,7 +376,8 @@ def _words(overrides: str, problems: list[str]) -> list[str]:
         return []
 
 
-def _yaml_value(text: str) -> Any:
+def yaml_value(text: str) -> Any:
+    """The value of a setting as people type it."""
     if not text:  # `key=` empties a setting; null is written out
         return ""
     try:
@@ -368,7 +427,7 @@ def _assign(config: DictConfig, key: str, value: Any) -> Iterator[str]:
             OmegaConf.update(config, key, {}, merge=False)
             return
         if key.startswith("silos.") and (name := key.split(".")[1]) not in config.silos:
-            config.silos[name] = _writable(OmegaConf.structured(DataSource))
+            config.silos[name] = _writable(OmegaConf.structured(SiloConfig))
         OmegaConf.update(config, key, value, force_add=True)
     except (OmegaConfBaseException, RecursionError):
         yield f"{key}={value!r}: must be {_expected(key)}"
@@ -392,7 +451,7 @@ _EXPECTED = {
     "str": "text",
     "list[str]": "a list, such as [a, b]",
     "list[float]": "a list of numbers, such as [0.9, 0.95]",
-    "dict[str, DataSource]": "a mapping of silos by name",
+    "dict[str, SiloConfig]": "a mapping of silos by name",
     "dict[str, Any]": "a mapping of settings",
 }
 
@@ -407,7 +466,7 @@ def _expected(key: str) -> str:
     owner: type[Any] = Recipe
     name = first
     if first == "silos" and rest:
-        owner, name = DataSource, rest[-1]
+        owner, name = SiloConfig, rest[-1]
     elif first in _GROUPS:
         owner, name = _GROUPS[first], rest[0]
     kind = next(str(f.type) for f in fields(owner) if f.name == name)
@@ -448,7 +507,7 @@ def _hint(path: str) -> str:
 
 
 def _unknown_in_silos(key: str, rest: list[str]) -> str:
-    known = _names(DataSource)
+    known = _names(SiloConfig)
     if len(rest) == 1:
         return f"{key}: a silo needs a mapping, such as {{files: ['data/*.txt']}}"
     name, setting = ".".join(rest[:-1]), rest[-1]
@@ -516,6 +575,7 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("inner.state", recipe.inner.state, INNER_STATES),
         ("inner.precision", recipe.inner.precision, PRECISIONS),
         ("outer.optimizer", recipe.outer.optimizer, OUTER_OPTIMIZERS),
+        ("outer.merge", recipe.outer.merge, MERGES),
     ):
         if value not in allowed:
             yield f"{key}={value!r}: must be one of {', '.join(allowed)}"
@@ -524,10 +584,11 @@ def _choices(recipe: Recipe) -> Iterator[str]:
 def _ranges(recipe: Recipe) -> Iterator[str]:
     at_least = (
         ("rounds", recipe.rounds, 1),
-        ("vocab_size", recipe.vocab_size, 300),  # 256 byte pieces, specials, and some pieces
+        ("vocab_size", recipe.vocab_size, LEAST_PIECES),
         ("tokenizer_train_bytes", recipe.tokenizer_train_bytes, 1000),
         ("sequence_tokens", recipe.sequence_tokens, 2),
         ("silos_per_round", recipe.silos_per_round, 0),
+        ("min_silos", recipe.min_silos, 1),
         ("round_attempts", recipe.round_attempts, 1),
         ("sample_tokens", recipe.sample_tokens, 0),
         ("validation_max_bytes", recipe.validation_max_bytes, 1),
@@ -535,6 +596,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("inner.batch_size", recipe.inner.batch_size, 1),
         ("inner.micro_batch_size", recipe.inner.micro_batch_size, 0),
         ("inner.warmup_steps", recipe.inner.warmup_steps, 0),
+        ("inner.newcomer_steps", recipe.inner.newcomer_steps, 0),
     )
     for key, value, least in at_least:
         if value < least:
@@ -556,13 +618,18 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     from_zero = (
         ("inner.weight_decay", recipe.inner.weight_decay, 100.0),
         ("inner.final_learning_rate_fraction", recipe.inner.final_learning_rate_fraction, 1.0),
+        ("outer.clip_delta", recipe.outer.clip_delta, 1e9),
     )
     for key, number, high in from_zero:
         if not 0.0 <= number <= high:
             yield f"{key}={number}: must be from 0 to {high:g}"
+    if not 1.0 <= recipe.patience <= 1e6:
+        yield f"patience={recipe.patience}: must be from 1 to 1e+06"
     momentum = recipe.outer.momentum
     if momentum is not None and not 0.0 <= momentum < 1.0:
         yield f"outer.momentum={momentum}: must be from 0 to below 1"
+    if not 0.0 <= recipe.outer.trim_fraction < 0.5:
+        yield f"outer.trim_fraction={recipe.outer.trim_fraction}: must be from 0 to below 0.5"
     for key, betas in (("inner.betas", recipe.inner.betas), ("outer.betas", recipe.outer.betas)):
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             yield f"{key}={list(betas)}: must be two numbers from 0 to below 1"
@@ -571,21 +638,24 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
 def _silos(recipe: Recipe) -> Iterator[str]:
     for name, source in recipe.silos.items():
         yield from (f"silos.{name}{problem}" for problem in source_problems(source))
-    for name in recipe.only:
-        if name not in recipe.silos:
-            yield f"only={name!r}: no such silo; silos: {', '.join(sorted(recipe.silos))}"
-    if len(set(recipe.only)) < len(recipe.only):
-        yield f"only={list(recipe.only)}: names a silo twice; name each once"
-    if not recipe.silos:
-        yield "silos: none; name at least one, such as silos.fr.files=['data/fr/*.txt']"
-    elif recipe.silos_per_round > len(recipe.silo_names):
+    for key, names in (("only", recipe.only), ("without", recipe.without)):
+        for name in names:
+            if recipe.silos and name not in recipe.silos:
+                yield f"{key}={name!r}: no such silo; silos: {', '.join(sorted(recipe.silos))}"
+            elif not SILO_NAME.fullmatch(name):
+                yield _bad_silo_name(name)
+        if len(set(names)) < len(names):
+            yield f"{key}={list(names)}: names a silo twice; name each once"
+    if recipe.silos and not recipe.silo_names:
+        yield f"without={list(recipe.without)}: leaves no silo"
+    elif recipe.silos and recipe.silos_per_round > len(recipe.silo_names):
         yield (
             f"silos_per_round={recipe.silos_per_round}: the run has only "
             f"{len(recipe.silo_names)} silos; 0 samples all"
         )
 
 
-def source_problems(source: DataSource) -> Iterator[str]:
+def source_problems(source: SiloConfig) -> Iterator[str]:
     """Problems of one silo's data source, each a line that starts with the setting's name."""
     kinds = [key for key in ("files", "hub", "packages") if getattr(source, key)]
     if len(kinds) != 1:
@@ -600,6 +670,8 @@ def source_problems(source: DataSource) -> Iterator[str]:
         yield f".encoding={source.encoding!r}: no such text encoding; utf-8 is the usual one"
     if source.max_bytes < 0:
         yield f".max_bytes={source.max_bytes}: must be at least 0 (0 = all)"
+    if source.vocab_size and source.vocab_size < LEAST_PIECES:
+        yield f".vocab_size={source.vocab_size}: must be at least {LEAST_PIECES}, or 0"
 
 
 def _is_encoding(name: str) -> bool:
@@ -610,20 +682,29 @@ def _is_encoding(name: str) -> bool:
     return True
 
 
-def _absolute(path: str, folder: Path) -> str:
+def absolute(path: str, folder: Path) -> str:
+    """A path of a file's settings, relative to the folder of that file."""
     return str(folder / _expanded(path))  # an absolute path stands as it is
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     silos = {
-        name: replace(source, files=[_absolute(f, folder) for f in source.files])
+        name: replace(
+            source,
+            files=[absolute(f, folder) for f in source.files],
+            tokenizer=path_if_there(source.tokenizer, folder),
+        )
         for name, source in recipe.silos.items()
     }
-    shared = recipe.shared_tokenizer
-    # A Hugging Face name looks like a relative path, so only what is there is taken for one.
-    if shared and Path(_absolute(shared, folder)).exists():
-        shared = _absolute(shared, folder)
+    shared = path_if_there(recipe.shared_tokenizer, folder)
     return replace(recipe, silos=silos, shared_tokenizer=shared)
+
+
+def path_if_there(name: str, folder: Path) -> str:
+    """The same for what may be a Hugging Face name: it is a path only where one is there."""
+    if name and Path(absolute(name, folder)).exists():
+        return absolute(name, folder)
+    return name
 
 
 def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> ModelConfig:
@@ -632,7 +713,7 @@ def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> Model
     if not preset:
         return model
     if preset.endswith((".yaml", ".yml")):
-        file = Path(_absolute(preset, folder))
+        file = Path(absolute(preset, folder))
     else:
         file = CONF_DIR / "models" / f"{preset}.yaml"
     if not _is_file(file):
@@ -640,7 +721,7 @@ def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> Model
         problems.append(f"model.preset={preset!r}: no such preset; presets: {have}")
         return model
     before = len(problems)
-    settings = _read_yaml(file, problems)
+    settings = read_yaml(file, problems)
     config = _over(settings, model.config)
     if len(problems) == before and not config.get("model_type"):
         problems.append(f"{file}: model_type is missing")

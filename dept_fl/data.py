@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,15 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 from dept_fl.checkpoint import whole_folder
-from dept_fl.config import DataSource, Recipe
+from dept_fl.config import Recipe, SiloConfig
 from dept_fl.errors import DeptError
 from dept_fl.sources import documents, short_digest, source_key
 from dept_fl.tokenizer import Tokenizer, Vocabulary
+
+Watch = Callable[[Iterator[str]], Iterator[str]]  # passes on what it is given, and may count it
 
 _PART_CHARACTERS = 1 << 16  # longer documents are tokenised in parts
 _BATCH_CHARACTERS = 1 << 20
 # Places where the pieces of our tokenizers, and of the usual byte-level ones, end.
 _SAFE_CUT = re.compile(r"\S\n(?=\S)|\S(?= \S)")
+
+
+def unwatched(texts: Iterator[str]) -> Iterator[str]:
+    return texts
 
 
 # ---- the corpus: documents on disk, split into train and validation ---------------------------
@@ -41,10 +47,29 @@ class Corpus:
     validation_bytes: int
     duplicates: int
 
+    @property
+    def documents(self) -> int:
+        return self.train_documents + self.validation_documents
+
+    @property
+    def text_bytes(self) -> int:
+        return self.train_bytes + self.validation_bytes
+
     def texts(self, split: str) -> Iterator[str]:
         with (self.folder / f"{split}.jsonl").open(encoding="utf-8") as stream:
             for line in stream:
                 yield json.loads(line)
+
+    def glimpses(self, count: int) -> Iterator[str]:
+        """Up to so many training documents, from places spread evenly over all of them."""
+        file = self.folder / "train.jsonl"
+        with file.open("rb") as stream:
+            for i in range(count):
+                stream.seek(file.stat().st_size * i // count)
+                if i:
+                    stream.readline()  # the rest of the line in which that place lies
+                if line := stream.readline():
+                    yield json.loads(line)
 
     def training_sample(self, at_most_bytes: int) -> Iterator[str]:
         """Every n-th training document, so many that they hold about this much, and no more."""
@@ -59,22 +84,27 @@ class Corpus:
                 return
 
 
-def load_corpus(silo: str, source: DataSource, recipe: Recipe, parent: Path) -> Corpus:
+def load_corpus(
+    silo: str, source: SiloConfig, recipe: Recipe, parent: Path, watch: Watch = unwatched
+) -> Corpus:
     """The silo's corpus from its cache, made at first use.
 
     The documents and their order alone decide the split, so that every variant, seed and
     tokenizer is validated on the same text.
+
+    Args:
+        watch: sees the documents as they are read.
     """
     folder = parent / source_key(source, recipe)
     if not folder.is_dir():
         with whole_folder(folder) as draft:
-            facts = _write_corpus(silo, source, recipe, draft)
+            facts = _write_corpus(silo, watch(documents(silo, source)), recipe, draft)
             (draft / "corpus.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     return Corpus(folder=folder, **facts)
 
 
-def _write_corpus(silo: str, source: DataSource, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _write_corpus(silo: str, texts: Iterator[str], recipe: Recipe, folder: Path) -> dict[str, Any]:
     known: set[bytes] = set()
     digest = hashlib.sha256()
     counts = dict.fromkeys(
@@ -85,7 +115,7 @@ def _write_corpus(silo: str, source: DataSource, recipe: Recipe, folder: Path) -
         (folder / "train.jsonl").open("w", encoding="utf-8") as train,
         (folder / "validation.jsonl").open("w", encoding="utf-8") as validation,
     ):
-        for text in documents(silo, source):
+        for text in texts:
             key = short_digest(" ".join(text.split()))
             if key in known:
                 duplicates += 1
@@ -144,6 +174,11 @@ class TokenStream:
     train_bytes: int
     lossy_documents: int = 0
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the training split, document ends included."""
+        return self.train_bytes / len(self.train)
+
     def unigram_nats(self) -> float:
         """Mean cross-entropy of the validation tokens under the training unigram (UNIGRAM-CE)."""
         local = self.vocabulary.local_ids()[self.validation[1:]]
@@ -151,18 +186,24 @@ class TokenStream:
 
 
 def load_tokens(
-    silo: str, corpus: Corpus, tokenizer: Tokenizer, restrict: bool, parent: Path
+    silo: str,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    restrict: bool,
+    parent: Path,
+    watch: Watch = unwatched,
 ) -> TokenStream:
     """The silo's token stream from its cache, made at first use.
 
     Args:
         restrict: take V_k, the training split's own ids, instead of the whole vocabulary.
+        watch: sees the training documents as they are tokenised.
     """
     kind = "used" if restrict else "whole"
     folder = parent / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}-{kind}"
     if not folder.is_dir():
         with whole_folder(folder) as draft:
-            _write_tokens(silo, corpus, tokenizer, restrict, draft)
+            _write_tokens(silo, corpus, tokenizer, restrict, draft, watch)
     counts = np.load(folder / "counts.npy", allow_pickle=False)
     vocabulary = Vocabulary(np.load(folder / "vocabulary.npy", allow_pickle=False), tokenizer.size)
     smoothed = counts[vocabulary.ids] + 1.0
@@ -178,12 +219,12 @@ def load_tokens(
 
 
 def _write_tokens(
-    silo: str, corpus: Corpus, tokenizer: Tokenizer, restrict: bool, folder: Path
+    silo: str, corpus: Corpus, tokenizer: Tokenizer, restrict: bool, folder: Path, watch: Watch
 ) -> None:
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
     counts = np.zeros(tokenizer.size, dtype=np.int64)
     with _NpyWriter(folder / "train.npy", dtype) as train:
-        for ids in _packed(corpus.texts("train"), tokenizer):
+        for ids in _packed(watch(corpus.texts("train")), tokenizer):
             counts += np.bincount(ids, minlength=tokenizer.size)
             train.append(ids)
     if restrict:
@@ -195,11 +236,12 @@ def _write_tokens(
         for ids in _packed(corpus.texts("validation"), tokenizer):
             validation.append(np.asarray(rewrite(ids.tolist()), dtype=np.int64))
     np.save(folder / "vocabulary.npy", vocabulary.ids)
-    np.save(folder / "lossy.npy", np.asarray(_lossy(corpus, tokenizer)))
+    np.save(folder / "lossy.npy", np.asarray(lossy_documents(corpus, tokenizer)))
     np.save(folder / "counts.npy", counts)
 
 
-def _lossy(corpus: Corpus, tokenizer: Tokenizer) -> int:
+def lossy_documents(corpus: Corpus, tokenizer: Tokenizer) -> int:
+    """How many validation documents do not come back whole from their ids."""
     texts = list(corpus.texts("validation"))
     return sum(
         tokenizer.decode(i) != t for i, t in zip(tokenizer.encode(texts), texts, strict=True)

@@ -17,5 +17,9 @@ class ConfigError(DeptError):
         super().__init__("\n".join(["bad configuration:", *(f"  - {p}" for p in problems)]))
 
 
+class DamagedState(DeptError):
+    """Saved state that is missing, cut short or changed; what was saved before may be whole."""
+
+
 class BadUpdate(DeptError):
     """A silo's reply that must not be merged."""

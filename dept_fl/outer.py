@@ -1,4 +1,4 @@
-"""The server's side of the average: a running mean of deltas, and torch's own outer optimiser."""
+"""The outer optimiser: torch's own, on the delta that the silos' deltas were merged into."""
 
 from __future__ import annotations
 
@@ -9,49 +9,6 @@ from torch import nn
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import OuterConfig
-
-
-class MeanDelta:
-    """Mean over silos of what they add, one silo at a time, in fp32.
-
-    A tensor of `row_tensors` is averaged row by row over the silos that hold the row (TRIM:
-    "zero padding ignored"), every other one over all silos added.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], row_tensors: Collection[str]) -> None:
-        self._sums = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        self._row_tensors = frozenset(row_tensors)
-        rows = next((shapes[name][0] for name in self._row_tensors), 0)
-        self._holders = torch.zeros(rows)
-        self._added = dict.fromkeys(shapes, 0)
-
-    def add(self, delta: Tensors, rows: torch.Tensor | None = None) -> None:
-        """Add one silo's delta; of a row tensor it holds `rows` ([n] int64), None being all."""
-        for name, tensor in delta.items():
-            if rows is not None and name in self._row_tensors:
-                self._sums[name].index_add_(0, rows, tensor)
-            else:
-                self._sums[name].add_(tensor)
-            self._added[name] += 1
-        if self._row_tensors & delta.keys():
-            if rows is None:
-                self._holders += 1
-            else:
-                self._holders[rows] += 1
-
-    def mean(self) -> Tensors:
-        """The mean deltas, in the memory of the sums; nothing can be added afterwards."""
-        for name, total in self._sums.items():
-            if name in self._row_tensors:
-                holders = self._holders.clamp(min=1)
-                total /= holders.view(-1, *[1] * (total.dim() - 1))
-            else:
-                total /= max(self._added[name], 1)
-        return self._sums
-
-    def unheld(self) -> torch.Tensor:
-        """[n] int64: the rows that no silo held, which must not change."""
-        return (self._holders == 0).nonzero().flatten()
 
 
 class OuterOptimizer:

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
@@ -36,6 +37,10 @@ QUERY_REGISTER = "query.register"
 Shapes = Mapping[str, tuple[int, ...]]
 
 _EXPERIMENT = 12  # hexadecimal digits
+_FINGERPRINT = re.compile(r"[0-9a-f]{0,64}")
+_FP32_BYTES, _INT64_BYTES = 4, 8
+_FACTS_BYTES = 1 << 20  # of all in a reply that is not an array
+_ARRAY_BYTES = 4096  # of an array that is not its numbers
 _COUNTS = (
     "vocabulary",
     "tokenizer_size",
@@ -77,8 +82,8 @@ def from_record(record: ArrayRecord, shapes: Shapes) -> Tensors:
             their header says. Nothing is allocated before that is known.
     """
     if record.keys() != shapes.keys():
-        names = sorted(set(record.keys()) ^ set(shapes))
-        raise BadUpdate(f"parameters missing or not asked for: {', '.join(names[:3])}")
+        names = record.keys() ^ shapes.keys()
+        raise BadUpdate(f"parameters missing or not asked for: {_some(names)}")
     return {name: _tensor(name, array, shapes[name]) for name, array in record.items()}
 
 
@@ -105,7 +110,8 @@ def _view(name: str, array: Array) -> npt.NDArray[Any]:
             raise ValueError("its length does not fit its header")
         return np.frombuffer(array.data, dtype, size, stream.tell()).reshape(shape)
     except Exception as error:  # hostile bytes; numpy's header parser raises what it likes
-        raise BadUpdate(f"{name} is not a plain array: {error}") from error
+        reason = printable(str(error), 200)
+        raise BadUpdate(f"{name} is not a plain array: {reason}") from error
 
 
 # ---- which silos ------------------------------------------------------------------------
@@ -113,15 +119,23 @@ def _view(name: str, array: Array) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class Header:
-    """What each message says about itself."""
+    """What each message says about itself.
+
+    Attributes:
+        limit_s: seconds after which the server does not wait for the answer any more.
+    """
 
     experiment: str
     recipe: Recipe
     silo: str
+    limit_s: float
 
 
-def header_record(experiment: str, recipe: Recipe, silo: str = "") -> ConfigRecord:
-    return ConfigRecord({"experiment": experiment, "recipe": recipe.to_json(), "silo": silo})
+def header_record(
+    experiment: str, recipe: Recipe, silo: str = "", limit_s: float = 3600.0
+) -> ConfigRecord:
+    facts = {"experiment": experiment, "recipe": recipe.to_json()}
+    return ConfigRecord({**facts, "silo": silo, "limit_s": limit_s})
 
 
 def read_header(content: RecordDict) -> Header:
@@ -134,13 +148,28 @@ def read_header(content: RecordDict) -> Header:
         record = content.config_records[TASK]
         experiment, silo = str(record["experiment"]), str(record["silo"])
         recipe = recipe_from_json(str(record["recipe"]))
+        limit_s = float(_number(record, "limit_s"))
     except KeyError as error:
         raise DeptError(f"message without {error}: is the server of another version?") from error
     if len(experiment) != _EXPERIMENT or not set(experiment) <= set("0123456789abcdef"):
-        raise DeptError(f"message with experiment={experiment!r}: not an experiment id")
+        raise DeptError(f"message with experiment={experiment!r:.100}: not an experiment id")
     if silo and not SILO_NAME.fullmatch(silo):
-        raise DeptError(f"message with silo={silo!r}: not a silo's name")
-    return Header(experiment, recipe, silo)
+        raise DeptError(f"message with silo={silo!r:.100}: not a silo's name")
+    if not 0.0 < limit_s < 1e8:
+        raise DeptError(f"message with limit_s={limit_s!r}: not a time to answer in")
+    return Header(experiment, recipe, silo, limit_s)
+
+
+def content_of(message: Message) -> RecordDict:
+    """What a reply holds.
+
+    Raises:
+        BadUpdate: it is an error.
+    """
+    if message.has_error():
+        reason = printable(str(message.error.reason))
+        raise BadUpdate(f"error {message.error.code}: {reason}")
+    return message.content
 
 
 def failure(error: Exception) -> RecordDict:
@@ -152,7 +181,7 @@ def raise_failure(content: RecordDict) -> None:
     """Raise BadUpdate if the reply is a `failure`."""
     record = content.config_records.get(TASK)
     if record is not None and "error" in record:
-        raise BadUpdate(printable(str(record["error"])))
+        raise BadUpdate(printable(str(record["error"])) or "failed, and does not say why")
 
 
 def printable(text: str, longest: int = 2000) -> str:
@@ -162,18 +191,22 @@ def printable(text: str, longest: int = 2000) -> str:
     return "\n    ".join(clean)
 
 
-def hosts_record(silos: list[str], simulated: bool) -> RecordDict:
-    return RecordDict({TASK: ConfigRecord({"silos": silos, "simulated": simulated})})
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(printable(name, 80) for name in sorted(names)[:3])
 
 
-def read_hosts(content: RecordDict) -> tuple[list[str], bool]:
-    record = _config(content)
-    silos = record.get("silos")
+def hosts_record(silos: list[str]) -> RecordDict:
+    return RecordDict({TASK: ConfigRecord({"silos": silos})})
+
+
+def read_hosts(content: RecordDict) -> list[str]:
+    raise_failure(content)
+    silos = _config(content).get("silos")
     if not isinstance(silos, list) or not all(
         isinstance(name, str) and SILO_NAME.fullmatch(name) for name in silos
     ):
         raise BadUpdate("does not name its silos")
-    return [str(name) for name in silos], bool(record.get("simulated", False))
+    return [str(name) for name in silos]
 
 
 # ---- registration -----------------------------------------------------------------------
@@ -189,19 +222,23 @@ def registration_record(registration: Registration) -> RecordDict:
 
 
 def read_registration(content: RecordDict, silo: str) -> Registration:
+    raise_failure(content)
     record = _config(content)
     if record.get("silo") != silo:
-        raise BadUpdate(f"answers for silo {record.get('silo')!r}, asked was {silo!r}")
-    counts = {key: int(_number(record, key)) for key in _COUNTS}
+        raise BadUpdate(f"answers for silo {record.get('silo')!r:.100}, asked was {silo!r}")
+    counts = {key: _whole(record, key) for key in _COUNTS}
     measures = {key: float(_number(record, key)) for key in _MEASURES}
     for key, value in (*counts.items(), *measures.items()):
         if not 0 <= value < 1e15:
             raise BadUpdate(f"{key}={value!r} is not plausible")
     if not 0 < counts["vocabulary"] <= counts["tokenizer_size"] < 1 << 31:
         raise BadUpdate(f"vocabulary of {counts['vocabulary']} ids is not plausible")
+    fingerprint = str(record.get("fingerprint", ""))
+    if not _FINGERPRINT.fullmatch(fingerprint):
+        raise BadUpdate(f"fingerprint={fingerprint!r:.100} is not one")
     return Registration(
         silo=silo,
-        fingerprint=str(record.get("fingerprint", "")),
+        fingerprint=fingerprint,
         on_gpu=bool(record.get("on_gpu", False)),
         rows=_rows(content),
         **counts,
@@ -239,14 +276,19 @@ def task_record(
 
 
 def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes) -> Task:
-    """A task from the server. Shapes are the silo's own, from the recipe's model."""
+    """A task from the server. Shapes are the silo's own, from the recipe's model.
+
+    Raises:
+        DeptError: it is not one.
+    """
     record = _config(content)
     try:
+        rounds = {key: _whole(record, key) for key in ("round", "start_round", "keep_from")}
+        if not 0 <= rounds["keep_from"] <= rounds["start_round"] < rounds["round"]:
+            raise BadUpdate(f"its rounds are not in order: {rounds}")
         return Task(
             silo=silo,
-            round=int(_number(record, "round")),
-            start_round=int(_number(record, "start_round")),
-            keep_from=int(_number(record, "keep_from")),
+            **rounds,
             body=from_record(content.array_records[BODY], body),
             embeddings=from_record(
                 content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings
@@ -257,9 +299,10 @@ def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes) 
 
 
 def update_record(update: Update) -> RecordDict:
+    facts = ConfigRecord({"silo": update.silo, "round": update.round, "warning": update.warning})
     content = RecordDict(
         {
-            TASK: ConfigRecord({"silo": update.silo, "round": update.round}),
+            TASK: facts,
             BODY: to_record(update.body),
             METRICS: MetricRecord(update.metrics),  # type: ignore[arg-type]
         }
@@ -279,31 +322,46 @@ def read_update(content: RecordDict, body: Shapes, embeddings: Shapes) -> Update
     record = _config(content)
     if BODY not in content.array_records or METRICS not in content.metric_records:
         raise BadUpdate("has no body or no metrics")
-    unknown = content.keys() - {TASK, BODY, EMBEDDINGS, METRICS}
-    if unknown:
-        raise BadUpdate(f"has records nobody asked for: {', '.join(sorted(unknown)[:3])}")
+    asked = {TASK, BODY, METRICS, *([EMBEDDINGS] if embeddings else [])}
+    if unknown := content.keys() - asked:
+        raise BadUpdate(f"has records nobody asked for: {_some(unknown)}")
     return Update(
         silo=str(record.get("silo")),
-        round=int(_number(record, "round")),
+        round=_whole(record, "round"),
         body=from_record(content.array_records[BODY], body),
         embeddings=from_record(content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings),
         metrics=_metrics(content),
+        warning=printable(str(record.get("warning", ""))),
     )
 
 
-def finished_record(silo: str, metrics: dict[str, float], text: str | None) -> RecordDict:
-    facts = ConfigRecord({"silo": silo})
+def finished_record(
+    silo: str, metrics: dict[str, float], text: str | None, warning: str = ""
+) -> RecordDict:
+    facts = ConfigRecord({"silo": silo, "warning": warning})
     if text is not None:
         facts["sample"] = text
     return RecordDict({TASK: facts, METRICS: MetricRecord(metrics)})  # type: ignore[arg-type]
 
 
-def read_finished(content: RecordDict, silo: str) -> tuple[dict[str, float], str]:
+def read_finished(content: RecordDict, silo: str) -> tuple[dict[str, float], str, str]:
+    """The metrics, the text that the model wrote, and a warning, both empty where there is none.
+
+    Raises:
+        BadUpdate: it is a failure, or no final evaluation of this silo.
+    """
     raise_failure(content)
     record = _config(content)
     if record.get("silo") != silo or METRICS not in content.metric_records:
         raise BadUpdate("is not an evaluation of this silo")
-    return _metrics(content), str(record.get("sample", ""))[:100_000]
+    sample, warning = str(record.get("sample", "")), str(record.get("warning", ""))
+    return _metrics(content), sample[:100_000], printable(warning)
+
+
+def largest_reply(arrays: Shapes, rows: int = 0) -> int:
+    """Bytes that an honest reply with these arrays has at most; the rest is never fetched."""
+    numbers = sum(math.prod(shape) for shape in arrays.values())
+    return _FP32_BYTES * numbers + _INT64_BYTES * rows + _FACTS_BYTES + _ARRAY_BYTES * len(arrays)
 
 
 def _config(content: RecordDict) -> ConfigRecord:
@@ -320,10 +378,19 @@ def _number(record: ConfigRecord, key: str) -> float:
     return value
 
 
+def _whole(record: ConfigRecord, key: str) -> int:
+    value = _number(record, key)
+    if isinstance(value, float):
+        raise BadUpdate(f"{key}={value!r} is not a whole number")
+    return value
+
+
 def _metrics(content: RecordDict) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for key, value in content.metric_records[METRICS].items():
-        if isinstance(value, list) or not abs(value) < _LARGEST_METRIC:
-            raise BadUpdate(f"metric {key}={value!r} is not a finite number")
+        # All that silos measure are counts, seconds, norms, losses: never below 0.
+        if isinstance(value, list) or not 0 <= value < _LARGEST_METRIC:
+            name = printable(key, 80)
+            raise BadUpdate(f"metric {name}={value!r:.100} is not a finite number from 0 on")
         metrics[key] = float(value)
     return metrics

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dept_fl.checkpoint import write_whole
-from dept_fl.cost import Cost
+if TYPE_CHECKING:
+    from dept_fl.cost import Cost
 
 Event = dict[str, Any]
 
 
 class Ledger:
-    """`metrics.jsonl`: one JSON object a line, each with an `event` field."""
+    """`metrics.jsonl`: one JSON object a line, each with an `event` and a `time` field.
+
+    `time` is in seconds since 1970.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / "metrics.jsonl"
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, **fields}, sort_keys=True, allow_nan=False)
+        stamped = {"event": event, "time": round(time.time(), 3), **fields}
+        line = json.dumps(stamped, sort_keys=True, allow_nan=False)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
@@ -42,6 +47,8 @@ class Ledger:
 
     def rewind(self, round_: int) -> None:
         """Drop what was written behind whole round `round_`, which will be done again."""
+        from dept_fl.checkpoint import write_whole  # brings PyTorch: `dept status` need not wait
+
         kept = [
             e
             for e in self.read()
@@ -55,6 +62,10 @@ class Ledger:
         write_whole(self.file, "".join(json.dumps(e, sort_keys=True) + "\n" for e in kept))
 
 
+def harmless(text: str) -> str:
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+
+
 class Screen:
     """Prints tables and lines; all figures are computed elsewhere."""
 
@@ -62,17 +73,11 @@ class Screen:
         self._console = Console(width=100, highlight=False, markup=False, soft_wrap=True)
 
     def line(self, text: str = "") -> None:
-        self._console.print(text)
+        """Print a text, which may come from a silo: nothing in it steers the terminal."""
+        self._console.print(harmless(text))
 
     def table(self, head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
-        table = Table(
-            box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style=""
-        )
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        self._console.print(table)
+        self._console.print(table(head, rows, title))
 
     def plan(
         self, costs: Mapping[str, Cost], registrations: Iterable[Any], words: list[str]
@@ -125,11 +130,36 @@ class Screen:
         self.table(head, cells, "final body, each silo on its own validation text")
 
 
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> Table:
+    """Names to the left, figures to the right; where it is too wide, the names are folded."""
+    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="")
+    for i, name in enumerate(head):
+        if i == 0:
+            made.add_column(name, overflow="fold")
+        else:
+            made.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 5 min, 3.2 h."""
+    """Seconds as people say them: 42 s, 5 min, 3.2 h, 4 days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
+def size(count: int) -> str:
+    """Bytes as people say them: 800 bytes, 19.4 kB, 5.9 MB, 1.2 GB."""
+    if count < 1e3:
+        return f"{count} bytes"
+    for unit, scale in (("kB", 1e3), ("MB", 1e6)):
+        if count < 1e3 * scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e9:,.1f} GB"
 
 
 def plot(events: list[Event], file: Path) -> None:

@@ -21,15 +21,25 @@ from dept_fl.checkpoint import (
     drop_rounds_before,
     load_state,
     round_folder,
+    rounds_on_disk,
     save_state,
     under_prefix,
     whole_folder,
     with_prefix,
     write_whole,
 )
-from dept_fl.config import Recipe
-from dept_fl.data import Batches, Corpus, TokenStream, check_enough, load_corpus, load_tokens
-from dept_fl.errors import DeptError
+from dept_fl.config import InnerConfig, Recipe, SiloConfig
+from dept_fl.data import (
+    Batches,
+    Corpus,
+    TokenStream,
+    Watch,
+    check_enough,
+    load_corpus,
+    load_tokens,
+    unwatched,
+)
+from dept_fl.errors import DamagedState, DeptError
 from dept_fl.evaluate import Evaluation, bits_per_byte, evaluate, sample
 from dept_fl.model import Layout, build, initial_embeddings, join, layout, parameters, seed_of
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
@@ -95,6 +105,7 @@ class Update:
     body: Tensors
     embeddings: Tensors
     metrics: dict[str, float]
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class _State:
     position: int
     embeddings: Tensors
     moments: Tensors
+    warning: str = ""
 
 
 class Silo:
@@ -112,41 +124,56 @@ class Silo:
     Args:
         home: where tokenizers, text, tokens and state lie.
         experiment: the server's id of the run; states of different runs never mix.
+        watch: sees the documents as they are read, and as they are tokenised.
     """
 
-    def __init__(self, name: str, recipe: Recipe, home: Path, experiment: str) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, home: Path, experiment: str, watch: Watch = unwatched
+    ) -> None:
         self.name = name
         self.recipe = recipe
         self._home = home
+        self._watch = watch
         self._variant = variant(recipe.variant)
-        self._states = home / "silos" / name / "state" / experiment
+        self.folder = home / "silos" / name
+        self._states = self.folder / "state" / experiment
 
     # ---- what it owns ------------------------------------------------------------------
 
+    @property
+    def config(self) -> SiloConfig:
+        found = self.recipe.silos.get(self.name)
+        if found is None:
+            raise DeptError(f"silo {self.name}: not in the recipe's silos")
+        return found
+
     @cached_property
     def corpus(self) -> Corpus:
-        source = self.recipe.silos.get(self.name)
-        if source is None:
-            raise DeptError(f"silo {self.name}: not in the recipe's silos")
-        return load_corpus(
-            self.name, source, self.recipe, self._home / "silos" / self.name / "text"
-        )
+        return load_corpus(self.name, self.config, self.recipe, self.folder / "text", self._watch)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        if not self.recipe.own_tokenizers:
-            return load_tokenizer(self.recipe.shared_tokenizer)
-        texts = self.corpus.training_sample(self.recipe.tokenizer_train_bytes)
-        key = _tokenizer_key([self.corpus], self.recipe)
-        return _trained_tokenizer(self.name, texts, key, self.recipe, self._home)
+        recipe, own = self.recipe, self.config
+        if own.tokenizer or not recipe.own_tokenizers:
+            return load_tokenizer(own.tokenizer or recipe.shared_tokenizer)
+        texts = self.corpus.training_sample(recipe.tokenizer_train_bytes)
+        pieces = own.vocab_size or recipe.vocab_size
+        key = _tokenizer_key([self.corpus], pieces, recipe)
+        return _trained_tokenizer(self.name, texts, key, pieces, self._home)
 
     @cached_property
     def stream(self) -> TokenStream:
         restrict = self._variant.restricts_vocabulary and not self.recipe.own_tokenizers
-        parent = self._home / "silos" / self.name / "tokens"
-        found = load_tokens(self.name, self.corpus, self.tokenizer, restrict, parent)
+        corpus, tokenizer, parent = self.corpus, self.tokenizer, self.folder / "tokens"
+        found = load_tokens(self.name, corpus, tokenizer, restrict, parent, self._watch)
         check_enough(self.name, found, self.recipe)
         return found
+
+    @property
+    def unigram_bits_per_byte(self) -> float:
+        """What token frequencies alone reach on the validation text."""
+        nats = self.stream.unigram_nats() * (len(self.stream.validation) - 1)
+        return bits_per_byte(nats, self.stream.validation_bytes)
 
     @cached_property
     def layout(self) -> Layout:
@@ -160,8 +187,8 @@ class Silo:
     def received_embedding_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the embeddings that the server sends: none in SPEC."""
         if not self._variant.embeddings_travel:
-            return {}
-        return self.layout.embeddings(self.stream.vocabulary.size)
+            return {}  # without reading the text
+        return self._variant.shapes(self.layout, self.stream.vocabulary.size)
 
     # ---- what it does ------------------------------------------------------------------
 
@@ -169,7 +196,7 @@ class Silo:
         """Make ready (tokenizer, token stream) and measure one step of training."""
         began = time.perf_counter()
         stream, tokenizer = self.stream, self.tokenizer
-        nats = stream.unigram_nats() * (len(stream.validation) - 1)
+        unigram = self.unigram_bits_per_byte
         prepare_s = time.perf_counter() - began
         return Registration(
             silo=self.name,
@@ -182,7 +209,7 @@ class Silo:
             train_documents=self.corpus.train_documents,
             duplicates=self.corpus.duplicates,
             lossy_documents=stream.lossy_documents,
-            unigram_bits_per_byte=bits_per_byte(nats, stream.validation_bytes),
+            unigram_bits_per_byte=unigram,
             step_s=self._measure_step(),
             prepare_s=prepare_s,
             on_gpu=self._device.type == "cuda",
@@ -196,8 +223,10 @@ class Silo:
         embeddings = self._start_embeddings(task, state)
         model = self._model(task.body, embeddings)
         load_s = time.perf_counter() - began
+        state = self._settle_in(model, task, state)
+        settle_s = time.perf_counter() - began - load_s
         arrived = self._evaluate(model)
-        evaluate_s = time.perf_counter() - began - load_s
+        evaluate_s = time.perf_counter() - began - load_s - settle_s
         training = self._train(model, task, state)
         saving = time.perf_counter()
         body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
@@ -209,6 +238,7 @@ class Silo:
             **_evaluation_metrics(arrived),
             **_training_metrics(training),
             "load_s": load_s,
+            "settle_s": settle_s,
             "evaluate_s": evaluate_s,
             "save_s": save_s,
             "body_norm": _norm(task.body),
@@ -216,10 +246,15 @@ class Silo:
             "body_delta_norm": _norm(body_delta),
             "embedding_delta_norm": _norm(delta),
         }
-        return Update(self.name, task.round, body_delta, self._variant.sent(delta), metrics)
+        sent = self._variant.sent(delta)
+        return Update(self.name, task.round, body_delta, sent, metrics, state.warning)
 
-    def finish(self, task: Task) -> tuple[dict[str, float], str]:
-        """Evaluate the final body and keep it beside the silo's embeddings, with a sample."""
+    def finish(self, task: Task) -> tuple[dict[str, float], str, str]:
+        """Evaluate the final body and keep it beside the silo's embeddings, with a sample.
+
+        Returns:
+            the evaluation's metrics, the sample, and a warning or nothing.
+        """
         state = self._state(task.start_round)
         embeddings = self._start_embeddings(task, state)
         model = self._model(task.body, embeddings)
@@ -229,7 +264,7 @@ class Silo:
         save_state(self.final_folder, tensors, meta)
         text = self._sample(model)
         write_whole(self.final_folder / "sample.txt", text)
-        return metrics, text
+        return metrics, text, state.warning
 
     @property
     def final_folder(self) -> Path:
@@ -239,8 +274,27 @@ class Silo:
     # ---- the steps of a round -------------------------------------------------------------
 
     def _state(self, round_: int) -> _State:
+        """The state behind a round; where it is damaged, that of the round before, with a warning.
+
+        Raises:
+            DeptError: there is none, or it was made with other text, tokenizer or model.
+        """
         if round_ == 0:
             return _State(position=0, embeddings={}, moments={})
+        try:
+            return self._state_of(round_)
+        except DamagedState as damage:
+            older = [r for r in rounds_on_disk(self._states) if r < round_]
+            if not older:
+                raise DeptError(
+                    f"silo {self.name}: {damage}; put its home back from a backup, or join under "
+                    "another name"
+                ) from damage
+            found = self._state(older[-1])
+            warning = f"{damage}; going on from its state of round {older[-1]}"
+            return replace(found, warning=found.warning or warning)
+
+    def _state_of(self, round_: int) -> _State:
         tensors, meta = load_state(round_folder(self._states, round_))
         for key, value in self._tags(round_).items():
             if meta.get(key) != value:
@@ -261,6 +315,25 @@ class Silo:
             "text": self.corpus.digest,
             "model": hashlib.sha256(model.encode()).hexdigest(),
         }
+
+    def _settle_in(self, model: PreTrainedModel, task: Task, state: _State) -> _State:
+        """Fresh embeddings first learn beside a body that is trained already, which stays as it is.
+
+        Else the body would be pulled towards random embeddings.
+        """
+        steps = self.recipe.inner.newcomer_steps
+        if not steps or task.round == 1 or state.embeddings or self._variant.embeddings_travel:
+            return state
+        warmup = min(self.recipe.inner.warmup_steps, steps // 2)
+        inner = replace(self.recipe.inner, local_steps=steps, warmup_steps=warmup)
+        own = cast(nn.Module, model).named_parameters()
+        body = [parameter for name, parameter in own if name in self.layout.body]
+        for parameter in body:
+            parameter.requires_grad_(False)
+        self._train_steps(model, inner, 0, steps, state)
+        for parameter in body:
+            parameter.requires_grad_(True)
+        return replace(state, position=state.position + steps * inner.batch_size)
 
     def _start_embeddings(self, task: Task, state: _State) -> Tensors:
         if self._variant.embeddings_travel:
@@ -288,23 +361,21 @@ class Silo:
         return sample(model, self.stream, self.tokenizer, recipe.sample_tokens, window, seed)
 
     def _train(self, model: PreTrainedModel, task: Task, state: _State) -> Training:
+        inner = self.recipe.inner
+        first_step = (task.round - 1) * inner.local_steps
+        return self._train_steps(model, inner, first_step, self.recipe.total_steps, state)
+
+    def _train_steps(
+        self, model: PreTrainedModel, inner: InnerConfig, first: int, total: int, state: _State
+    ) -> Training:
         recipe = self.recipe
-        first_step = (task.round - 1) * recipe.inner.local_steps
         seed = seed_of(recipe.seed, "batches", self.name)
         batches = Batches(self.stream, recipe.sequence_tokens, seed)
         cuda = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):  # dropout, where a model has it
-            torch.manual_seed(seed_of(seed, first_step))
+            torch.manual_seed(seed_of(seed, first))
             try:
-                return train(
-                    model,
-                    batches,
-                    recipe.inner,
-                    first_step,
-                    recipe.total_steps,
-                    state.position,
-                    state.moments,
-                )
+                return train(model, batches, inner, first, total, state.position, state.moments)
             except DeptError as error:
                 raise DeptError(f"silo {self.name}: {error}") from error
 
@@ -342,13 +413,13 @@ def with_shared_tokenizer(recipe: Recipe, home: Path) -> Recipe:
     corpora = [Silo(name, recipe, home, "").corpus for name in recipe.silo_names]
     share = recipe.tokenizer_train_bytes // len(corpora)
     texts = chain.from_iterable(corpus.training_sample(share) for corpus in corpora)
-    key = _tokenizer_key(corpora, recipe)
-    _trained_tokenizer("shared", texts, key, recipe, home)
+    key = _tokenizer_key(corpora, recipe.vocab_size, recipe)
+    _trained_tokenizer("shared", texts, key, recipe.vocab_size, home)
     return replace(recipe, shared_tokenizer=str(_tokenizer_file("shared", key, home)))
 
 
-def _tokenizer_key(corpora: list[Corpus], recipe: Recipe) -> str:
-    facts = [recipe.vocab_size, recipe.tokenizer_train_bytes, *(c.digest for c in corpora)]
+def _tokenizer_key(corpora: list[Corpus], pieces: int, recipe: Recipe) -> str:
+    facts = [pieces, recipe.tokenizer_train_bytes, *(c.digest for c in corpora)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -357,11 +428,11 @@ def _tokenizer_file(owner: str, key: str, home: Path) -> Path:
 
 
 def _trained_tokenizer(
-    owner: str, texts: Iterator[str], key: str, recipe: Recipe, home: Path
+    owner: str, texts: Iterator[str], key: str, pieces: int, home: Path
 ) -> SentencePieceTokenizer:
     file = _tokenizer_file(owner, key, home)
     if not file.is_file():
-        model = train_sentencepiece(owner, texts, recipe.vocab_size)
+        model = train_sentencepiece(owner, texts, pieces)
         with whole_folder(file.parent) as draft:
             (draft / file.name).write_bytes(model)
     return SentencePieceTokenizer(file.read_bytes())

@@ -24,11 +24,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from dept_fl.config import DataSource, Recipe
+from dept_fl.config import Recipe, SiloConfig
 from dept_fl.errors import DeptError
 
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -36,6 +36,7 @@ _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _MANY_FILES = 20
 _SMALL_FILE_BYTES = 8 << 20
 _PARAGRAPH_CHARACTERS = 64 << 20  # a longer one means a file without blank lines
+_HEAD_ROWS = 100  # that tell which columns hold text
 _NOT_STANDARD_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # an escape in a string literal can write one
 
@@ -46,7 +47,7 @@ _LEADING_COMMENTS = re.compile(
 Found = tuple[str, str]  # where a document lies, for errors, and its text
 
 
-def documents(silo: str, source: DataSource) -> Iterator[str]:
+def documents(silo: str, source: SiloConfig) -> Iterator[str]:
     """The source's documents, unchanged but for empty ones, which are left out.
 
     Line ends of .txt and package files come as "\\n", whatever they were.
@@ -76,10 +77,48 @@ def _utf8_bytes(silo: str, place: str, text: str) -> int:
         ) from error
 
 
-def source_key(source: DataSource, recipe: Recipe) -> str:
+def text_columns(silo: str, source: SiloConfig) -> dict[str, bool]:
+    """The columns of the source's first rows, and whether each of them holds text.
+
+    Of its first JSON or Parquet file, or of its hub data set; empty where it has no rows.
+
+    Raises:
+        DeptError: naming the silo and the mend, for data that is missing or unreadable.
+    """
+    found = islice(_head(silo, source), _HEAD_ROWS)
+    rows = [row for row in found if isinstance(row, Mapping)]
+    names = dict.fromkeys(str(name) for row in rows for name in row)
+    return {name: _is_text([row.get(name) for row in rows]) for name in names}
+
+
+def _head(silo: str, source: SiloConfig) -> Iterator[Any]:
+    if source.hub:
+        yield from (row for _, row in _hub_rows(silo, source))
+        return
+    for file in _supported(silo, source):
+        if _format(file) == "text":
+            continue
+        with _named(silo, source, file):
+            if _format(file) == "parquet":
+                yield from _parquet_head(file)
+            else:
+                with _text_stream(silo, source, file) as stream:
+                    yield from (row for _, row in _json_rows(silo, file, stream))
+        return
+
+
+def _is_text(values: list[Any]) -> bool:
+    given = [value for value in values if value is not None]
+    return bool(given) and all(isinstance(value, str) for value in given)
+
+
+def source_key(source: SiloConfig, recipe: Recipe) -> str:
     """A digest that changes whenever the documents or their split may have changed."""
+    own = asdict(source)
+    for setting in ("tokenizer", "vocab_size"):
+        del own[setting]
     facts: dict[str, Any] = {
-        **asdict(source),
+        **own,
         "split": [recipe.validation_fraction, recipe.validation_max_bytes, recipe.deduplicate],
         "files": [
             (str(path), path.stat().st_size, path.stat().st_mtime_ns)
@@ -124,7 +163,16 @@ def _format(path: Path) -> str:
     return _FORMATS.get(suffixes[-1], "") if suffixes else ""
 
 
-def _from_files(silo: str, source: DataSource) -> Iterator[Found]:
+def _from_files(silo: str, source: SiloConfig) -> Iterator[Found]:
+    files = _supported(silo, source)
+    sample_by = _sample_by(source, [file for file in files if _format(file) == "text"])
+    for file in files:
+        with _named(silo, source, file):
+            yield from _from_file(silo, source, file, sample_by)
+
+
+def _supported(silo: str, source: SiloConfig) -> list[Path]:
+    """The source's files: at least one, and all of a format that can be read."""
     files = _expand(source.files)
     if not files:
         raise DeptError(f"silo {silo}: no file matches {source.files}; check silos.{silo}.files")
@@ -135,28 +183,33 @@ def _from_files(silo: str, source: DataSource) -> Iterator[Found]:
                 f"{', '.join(sorted(_FORMATS))}, each also as {', '.join(sorted(_COMPRESSED))}; "
                 f"convert it or leave it out of silos.{silo}.files"
             )
-    sample_by = _sample_by(source, [file for file in files if _format(file) == "text"])
-    for file in files:
-        yield from _from_file(silo, source, file, sample_by)
+    return files
 
 
-def _sample_by(source: DataSource, files: list[Path]) -> str:
+def _sample_by(source: SiloConfig, files: list[Path]) -> str:
     if source.sample_by != "auto":
         return source.sample_by
     small = all(file.stat().st_size <= _SMALL_FILE_BYTES for file in files)
     return "document" if small and len(files) >= _MANY_FILES else "paragraph"
 
 
-def _from_file(silo: str, source: DataSource, file: Path, sample_by: str) -> Iterator[Found]:
+def _from_file(silo: str, source: SiloConfig, file: Path, sample_by: str) -> Iterator[Found]:
+    if _format(file) == "parquet":
+        yield from _parquet(silo, source, file)
+        return
+    with _text_stream(silo, source, file) as stream:
+        if _format(file) == "json":
+            for place, row in _json_rows(silo, file, stream):
+                yield from _in_column(silo, source, place, row)
+        else:
+            yield from ((str(file), text) for text in _SAMPLERS[sample_by](silo, file, stream))
+
+
+@contextmanager
+def _named(silo: str, source: SiloConfig, file: Path) -> Iterator[None]:
+    """What goes wrong while a file is read names it, and the mend."""
     try:
-        if _format(file) == "parquet":
-            yield from _parquet(silo, source, file)
-            return
-        with _text_stream(silo, source, file) as stream:
-            if _format(file) == "json":
-                yield from _json(silo, source, file, stream)
-            else:
-                yield from ((str(file), text) for text in _SAMPLERS[sample_by](silo, file, stream))
+        yield
     except DeptError:
         raise
     except UnicodeDecodeError as error:
@@ -176,7 +229,7 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _text_stream(silo: str, source: DataSource, file: Path) -> IO[str]:
+def _text_stream(silo: str, source: SiloConfig, file: Path) -> IO[str]:
     try:
         encoding = codecs.lookup(source.encoding).name
     except LookupError as error:
@@ -228,20 +281,19 @@ def _paragraphs(silo: str, file: Path, stream: IO[str]) -> Iterator[str]:
 _SAMPLERS = {"document": _whole, "paragraph": _paragraphs, "line": _lines}
 
 
-def _json(silo: str, source: DataSource, file: Path, stream: IO[str]) -> Iterator[Found]:
-    """Rows of JSON Lines, or of one array of objects."""
+def _json_rows(silo: str, file: Path, stream: IO[str]) -> Iterator[tuple[str, Any]]:
+    """Rows of JSON Lines, or of one array of objects, each with its place."""
     blank = 0
     while (first := stream.readline()).isspace():
         blank += 1
     if first.lstrip().startswith("["):
         rows = _parsed(silo, str(file), first + stream.read())
-        for number, row in enumerate(rows, start=1):
-            yield from _in_column(silo, source, f"{file}, item {number}", row)
+        yield from ((f"{file}, item {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in enumerate(chain([first], stream), start=blank + 1):
         if line.strip():
             place = f"{file}, line {number}"
-            yield from _in_column(silo, source, place, _parsed(silo, place, line))
+            yield place, _parsed(silo, place, line)
 
 
 def _parsed(silo: str, place: str, text: str) -> Any:
@@ -254,7 +306,7 @@ def _parsed(silo: str, place: str, text: str) -> Any:
         ) from error
 
 
-def _parquet(silo: str, source: DataSource, file: Path) -> Iterator[Found]:
+def _parquet(silo: str, source: SiloConfig, file: Path) -> Iterator[Found]:
     from pyarrow import parquet
 
     with _seekable(file) as stream:
@@ -270,6 +322,14 @@ def _parquet(silo: str, source: DataSource, file: Path) -> Iterator[Found]:
                 yield from _in_column(silo, source, f"{file}, row {number}", row)
 
 
+def _parquet_head(file: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with _seekable(file) as stream:
+        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=_HEAD_ROWS):
+            yield from batch.to_pylist()
+
+
 @contextmanager
 def _seekable(file: Path) -> Iterator[Any]:
     with _byte_stream(file) as stream:
@@ -282,7 +342,7 @@ def _seekable(file: Path) -> Iterator[Any]:
             yield plain
 
 
-def _in_column(silo: str, source: DataSource, place: str, row: Any) -> Iterator[Found]:
+def _in_column(silo: str, source: SiloConfig, place: str, row: Any) -> Iterator[Found]:
     """The row's text with its place; nothing where it is null."""
     column = source.column
     if not isinstance(row, Mapping):
@@ -305,7 +365,12 @@ def _in_column(silo: str, source: DataSource, place: str, row: Any) -> Iterator[
         )
 
 
-def _from_hub(silo: str, source: DataSource) -> Iterator[Found]:
+def _from_hub(silo: str, source: SiloConfig) -> Iterator[Found]:
+    for place, row in _hub_rows(silo, source):
+        yield from _in_column(silo, source, place, row)
+
+
+def _hub_rows(silo: str, source: SiloConfig) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
@@ -313,9 +378,7 @@ def _from_hub(silo: str, source: DataSource) -> Iterator[Found]:
             source.hub, source.hub_config or None, split=source.hub_split, streaming=True
         )
         for number, row in enumerate(stream, start=1):
-            yield from _in_column(silo, source, f"{source.hub}, row {number}", row)
-    except DeptError:
-        raise
+            yield f"{source.hub}, row {number}", row
     except Exception as error:  # network, hub and reader errors of several libraries
         raise DeptError(
             f"silo {silo}: hub data set {source.hub!r} (config {source.hub_config!r}, split "
@@ -324,7 +387,7 @@ def _from_hub(silo: str, source: DataSource) -> Iterator[Found]:
         ) from error
 
 
-def _from_packages(silo: str, source: DataSource) -> Iterator[Found]:
+def _from_packages(silo: str, source: SiloConfig) -> Iterator[Found]:
     """Package files in an order mixed by a digest of their path, so that a cut is a sample."""
     found = [pair for name in source.packages for pair in _package_files(silo, name)]
     chosen = [

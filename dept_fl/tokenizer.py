@@ -160,7 +160,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 def _unusable(name: str | Path, reason: str) -> DeptError:
     return DeptError(
-        f"shared_tokenizer={str(name)!r}: {reason}; give a SentencePiece .model with an end id, "
+        f"tokenizer {str(name)!r}: {reason}; give a SentencePiece .model with an end id, "
         "or the folder or hub name of a fast Hugging Face tokenizer with an eos token"
     )
 

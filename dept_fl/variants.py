@@ -1,4 +1,4 @@
-"""GLOB, TRIM and SPEC (paper, section 2): what a silo starts from, sends, and how it is merged."""
+"""GLOB, TRIM and SPEC (paper, section 2): what a silo starts from and what it sends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.model import Layout
-from dept_fl.outer import MeanDelta
 
 
 class Variant(Protocol):
@@ -32,8 +31,8 @@ class Variant(Protocol):
         """What of the silo's embedding deltas it sends back."""
         ...
 
-    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
-        """Add one silo's embedding deltas to the round's mean."""
+    def shapes(self, layout: Layout, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the embeddings that travel to and from a silo with so many ids."""
         ...
 
 
@@ -50,8 +49,8 @@ class Glob:
     def sent(self, delta: Tensors) -> Tensors:
         return delta
 
-    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
-        mean.add(delta)
+    def shapes(self, layout: Layout, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        return layout.embeddings(vocabulary)
 
 
 class Trim:
@@ -70,8 +69,8 @@ class Trim:
     def sent(self, delta: Tensors) -> Tensors:
         return delta
 
-    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
-        mean.add(delta, rows)
+    def shapes(self, layout: Layout, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        return layout.embeddings(vocabulary)
 
 
 class Spec:
@@ -87,8 +86,8 @@ class Spec:
     def sent(self, delta: Tensors) -> Tensors:
         return {}
 
-    def merge(self, mean: MeanDelta, delta: Tensors, rows: torch.Tensor | None) -> None:
-        pass
+    def shapes(self, layout: Layout, vocabulary: int) -> dict[str, tuple[int, ...]]:
+        return {}
 
 
 _VARIANTS: dict[str, Variant] = {"glob": Glob(), "trim": Trim(), "spec": Spec()}

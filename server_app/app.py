@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from dept_fl.checkpoint import only_writer
 from dept_fl.config import CONF_DIR, Recipe, home_dir, load_recipe
@@ -32,7 +33,8 @@ def main(grid: Grid, context: Context) -> None:
             raise DeptError(f"resume={resume!r}: must be true or false, without quotes")
         run_dir = open_run_dir(str(config["run-dir"]), home, recipe, resume)
         with only_writer(run_dir):
-            DeptStrategy(recipe, home, run_dir, resume).start(grid)
+            simulated = isinstance(grid, InMemoryGrid)
+            DeptStrategy(recipe, home, run_dir, resume, simulated).start(grid)
     except DeptError as error:
         print(f"error: {error}", flush=True)
         raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 import torch
 
 from dept_fl.config import Recipe, load_recipe
@@ -52,6 +54,20 @@ def write_text(
         for _ in range(documents)
     ]
     (folder / f"{silo}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def sentencepiece_model(texts: Iterable[str], vocab_size: int = 290, **options: object) -> bytes:
+    """A tokenizer as others train theirs, with options that ours never has."""
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        minloglevel=3,
+        **options,
+    )
+    return model.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,13 @@ from uuid import uuid4
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
 from dept_fl.config import Recipe
-from dept_fl.rounds import Server, pretrain
+from dept_fl.rounds import Server, pretrain, shared_tokenizer
 from dept_fl.silo import Silo, with_shared_tokenizer
 
 ALL_VARIANTS = {
@@ -30,8 +31,10 @@ def start(recipe: Recipe, home: Path, experiment: str = "") -> tuple[Server, dic
     experiment = experiment or uuid4().hex[:12]
     recipe = with_shared_tokenizer(recipe, home)
     silos = {name: Silo(name, recipe, home, experiment) for name in recipe.silo_names}
-    registrations = {name: silo.register() for name, silo in silos.items()}
-    return Server(recipe, registrations, experiment), silos
+    server = Server(recipe, experiment, shared_tokenizer(recipe))
+    for silo in silos.values():
+        server.register(silo.register())
+    return server, silos
 
 
 def trained(recipe: Recipe, home: Path) -> tuple[Server, dict[str, Silo]]:
@@ -61,22 +64,46 @@ class InProcessGrid(Grid):
     """Flower's Grid over nodes in this process, which call the real ClientApp.
 
     Args:
-        nodes: how many virtual nodes.
+        nodes: how many virtual nodes, or for a deployment the silo files of real ones.
         tamper: gets each reply before the server does; it may change, replace or drop it.
+
+    Attributes:
+        nodes: by id what each node is configured with and, in a deployment, Flower's facts of it;
+            tests may add and remove nodes while a run goes on.
     """
 
     def __init__(
         self,
-        nodes: int,
+        nodes: int | list[Path],
         home: Path,
         tamper: Callable[[Message, Message], Message | None] | None = None,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._home, self._tamper = home, tamper
-        self._partitions = {1000 + i: i for i in range(nodes)}
+        self.nodes: dict[int, tuple[dict[str, Any], NodeInfo]] = {}
+        if isinstance(nodes, int):
+            for i in range(nodes):
+                partition = {"partition-id": i, "num-partitions": nodes}
+                self.nodes[1000 + i] = (partition, NodeInfo(node_id=1000 + i))
+        else:
+            for file in nodes:
+                self.join(file)
         self._replies: dict[str, Message] = {}
         self.sent: list[Message] = []
         self.received: list[Message] = []
+
+    def join(self, file: Path, name: str = "") -> int:
+        """A SuperNode comes online with a silo's file; returns its id."""
+        node = 1000 + len(self.nodes)
+        while node in self.nodes:
+            node += 1
+        info = NodeInfo(node_id=node, name=name, last_activated_at=str(uuid4()))
+        self.nodes[node] = ({"silo": str(file)}, info)
+        return node
+
+    def restart(self, node: int) -> None:
+        """A SuperNode was started again."""
+        self.nodes[node][1].last_activated_at = str(uuid4())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -88,13 +115,18 @@ class InProcessGrid(Grid):
             if self._tamper is not None:
                 reply = self._tamper(message, reply)
             if reply is not None:
-                self.received.append(reply)
-                self._replies[message.metadata.message_id] = reply
+                self.deliver(reply, message)
         return ids
 
+    def deliver(self, reply: Message, message: Message) -> None:
+        """The reply to a message reaches the server; also one that `tamper` held back."""
+        self.received.append(reply)
+        self._replies[message.metadata.message_id] = reply
+
     def _answer(self, message: Message) -> Message:
-        partition = self._partitions[message.metadata.dst_node_id]
-        node: dict[str, Any] = {"partition-id": partition, "num-partitions": len(self._partitions)}
+        if message.metadata.dst_node_id not in self.nodes:  # it went since the server looked
+            return Message(Error(5, "Node Unavailable"), reply_to=message)
+        node, _ = self.nodes[message.metadata.dst_node_id]
         context = Context(
             run_id=1,
             node_id=message.metadata.dst_node_id,
@@ -111,7 +143,10 @@ class InProcessGrid(Grid):
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._partitions)
+        return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [info for _, info in self.nodes.values()]
 
     def send_and_receive(self, messages: Iterable[Message], **_: Any) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))

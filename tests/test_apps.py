@@ -31,8 +31,8 @@ def test_silos_are_dealt_to_nodes_by_partition(recipe: Make):
     assert hosts == [["ant", "cat"], ["bee"]]
 
 
-def test_a_node_outside_a_simulation_hosts_nothing_yet(recipe: Make):
-    with pytest.raises(DeptError, match="no partition-id"):
+def test_a_node_without_a_silo_says_how_it_gets_one(recipe: Make):
+    with pytest.raises(DeptError, match="has no silo: start its SuperNode with --node-config"):
         hosted_silos(recipe(), context())
 
 

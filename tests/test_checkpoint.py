@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dept_fl
+from dept_fl import checkpoint
 from dept_fl.checkpoint import (
     Tensors,
     drop_rounds_before,
@@ -27,7 +28,7 @@ from dept_fl.checkpoint import (
     with_prefix,
     write_whole,
 )
-from dept_fl.errors import DeptError
+from dept_fl.errors import DamagedState, DeptError
 
 TWO_DAYS_AGO = time.time() - 2 * 86_400
 
@@ -124,18 +125,61 @@ def test_a_state_with_a_part_missing_is_refused(state: Path, gone: str) -> None:
         load_state(state)
 
 
-@pytest.mark.parametrize("format_", [2, 0, "1", None])
+@pytest.mark.parametrize("format_", [1, 3, 0, "2", None])
 def test_another_format_is_refused(state: Path, format_: object) -> None:
-    meta = json.loads((state / "state.json").read_text())
-    (state / "state.json").write_text(json.dumps({**meta, "format": format_}))
-    with pytest.raises(DeptError, match=f"state of format {format_!r}, this version reads 1"):
+    rewrite(state, format=format_)
+    with pytest.raises(DeptError, match=f"state of format {format_!r}, this version reads 2") as e:
+        load_state(state)
+    assert not isinstance(e.value, DamagedState)
+
+
+def rewrite(state: Path, **changes: object) -> None:
+    """Change facts as another version would have written them: with a checksum that fits."""
+    facts = {**json.loads((state / "state.json").read_text()), **changes}
+    del facts["meta_sha256"]
+    whole = {**facts, "meta_sha256": checkpoint._digest(facts)}
+    (state / "state.json").write_text(json.dumps(whole))
+
+
+def test_the_format_before_which_had_no_checksum_of_its_facts_is_named(state: Path) -> None:
+    (state / "state.json").write_text('{"format": 1, "round": 3}')
+    with pytest.raises(DeptError, match="state of format 1, this version reads 2"):
         load_state(state)
 
 
-def test_a_checksum_that_is_missing_is_refused(state: Path) -> None:
-    (state / "state.json").write_text('{"format": 1}')
-    with pytest.raises(DeptError, match="sha256"):
+@pytest.mark.parametrize("gone", ["sha256", "meta_sha256", "format"])
+def test_a_checksum_that_is_missing_is_refused(state: Path, gone: str) -> None:
+    facts = json.loads((state / "state.json").read_text())
+    del facts[gone]
+    (state / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(DamagedState):
         load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("round", 4), ("position", 7), ("format", 3), ("sha256", "0" * 64)]
+)
+def test_a_changed_fact_is_noticed(state: Path, key: str, value: object) -> None:
+    facts = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps({**facts, key: value}))
+    with pytest.raises(DamagedState, match=r"state.json is damaged \(its checksum differs\)"):
+        load_state(state)
+
+
+def test_any_flipped_bit_in_the_facts_is_noticed(state: Path) -> None:
+    file = state / "state.json"
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        for bit in (0, 2, 5):
+            content = bytearray(whole)
+            content[at] ^= 1 << bit
+            file.write_bytes(content)
+            try:
+                _, meta = load_state(state)
+            except DamagedState:
+                continue
+            # Only white space between the facts may change without a trace.
+            assert json.loads(content) == json.loads(whole), (at, bit, meta)
 
 
 def test_facts_that_are_not_json_leave_the_state_before(state: Path) -> None:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from dept_fl.cli import _toml, app
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["a=1 b=2", "/a b/c", 'x="y"', "x='y'", "back\\slash", "été", "😀", "a\tb", True, False],
-)
-def test_every_setting_reaches_flower_as_it_was_given(value: object):
-    assert tomllib.loads(f"key = {_toml(value)}\n")["key"] == value
+from dept_fl.cli import app
 
 
 @pytest.mark.parametrize(
@@ -32,6 +23,16 @@ def test_a_mistake_is_one_clear_error(tmp_path: Path, words: list[str], reason: 
     assert done.exit_code == 2
     assert reason in done.stderr
     assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_without_silos_is_refused_before_any_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dept_fl.cli.simulate", None)  # would be called in vain
+    done = CliRunner().invoke(app, ["run", "conf/demo.yaml", "silos={}", "--home", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "silos: none; name at least one" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

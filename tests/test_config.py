@@ -9,12 +9,13 @@ import pytest
 
 from dept_fl.config import (
     CONF_DIR,
-    DataSource,
     Recipe,
+    SiloConfig,
     differences,
     home_dir,
     load_recipe,
     recipe_from_json,
+    require_silos,
 )
 from dept_fl.errors import ConfigError, DeptError
 
@@ -45,7 +46,8 @@ def written(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_that_comes_along_loads(file: Path) -> None:
     recipe = load_recipe(file)
-    assert recipe.silos and recipe.model.config["model_type"]
+    assert recipe.model.config["model_type"]
+    assert bool(recipe.silos) == (file.stem != "partners")  # whose silos have files of their own
 
 
 def test_there_are_recipes_and_presets_to_try() -> None:
@@ -91,6 +93,8 @@ OVERRIDES = [
     ("only=[ant]", lambda r: r.silo_names, ["ant"]),
     ("only=[cat,ant]", lambda r: r.silo_names, ["ant", "cat"]),
     ("only=[]", lambda r: r.silo_names, ["ant", "bee", "cat"]),
+    ("without=[bee]", lambda r: r.silo_names, ["ant", "cat"]),
+    ("only=[bee,cat] without=[bee]", lambda r: r.silo_names, ["cat"]),
     ("share_samples=null", lambda r: r.share_samples, None),
     ("share_samples=true", lambda r: r.share_samples, True),
     ("deduplicate=false", lambda r: r.deduplicate, False),
@@ -144,7 +148,7 @@ def test_an_override_of_a_silo_keeps_the_rest_of_it(recipe: RecipeOf) -> None:
 def test_an_override_adds_a_silo(recipe: RecipeOf, tiny_file: Path, override: str) -> None:
     added = recipe(override)
     assert added.silo_names == ["ant", "bee", "cat", "new"]
-    assert added.silos["new"] == DataSource(files=[str(tiny_file.parent / "x.txt")])
+    assert added.silos["new"] == SiloConfig(files=[str(tiny_file.parent / "x.txt")])
 
 
 def test_silos_may_be_emptied_and_named_anew(recipe: RecipeOf) -> None:
@@ -288,7 +292,7 @@ def test_an_interpolation_from_the_server_is_refused(
         ("[" * 100_000, "not JSON"),
         ("[]", "not a mapping"),
         ("null", "not a mapping"),
-        ("{}", "silos: none"),
+        ("{}", "model: set model.preset"),
         ('{"rounds": "???"}', "rounds"),
         ('{"zzz": 1}', "zzz: no such setting"),
         ('{"rounds": [1]}', "rounds=[1]: must be a whole number"),
@@ -380,6 +384,7 @@ BAD_OVERRIDES = [
     ("inner.state=lose", "inner.state='lose': must be one of keep, reset"),
     ("inner.precision=fp8", "inner.precision='fp8': must be one of auto, fp32, bf16"),
     ("outer.optimizer=lion", "must be one of average, nesterov, adam"),
+    ("outer.merge=mode", "outer.merge='mode': must be one of mean, median, trimmed-mean"),
     ("silos.ant.content=x", "silos.ant.content='x': must be one of text, code, docstrings"),
     ("silos.ant.sample_by=x", "must be one of auto, document, paragraph, line"),
     ("silos.ant.encoding=utf9", "silos.ant.encoding='utf9': no such text encoding; utf-8"),
@@ -391,6 +396,9 @@ BAD_OVERRIDES = [
     ("tokenizer_train_bytes=0", "tokenizer_train_bytes=0: must be at least 1000"),
     ("sequence_tokens=1", "sequence_tokens=1: must be at least 2"),
     ("silos_per_round=-1", "silos_per_round=-1: must be at least 0"),
+    ("min_silos=0", "min_silos=0: must be at least 1"),
+    ("silos.ant.vocab_size=299", "silos.ant.vocab_size=299: must be at least 300, or 0"),
+    ("silos.ant.vocab_size=-1", "silos.ant.vocab_size=-1: must be at least 300, or 0"),
     ("round_attempts=0", "round_attempts=0: must be at least 1"),
     ("sample_tokens=-1", "sample_tokens=-1: must be at least 0"),
     ("validation_max_bytes=0", "validation_max_bytes=0: must be at least 1"),
@@ -398,6 +406,7 @@ BAD_OVERRIDES = [
     ("inner.batch_size=0", "inner.batch_size=0: must be at least 1"),
     ("inner.micro_batch_size=-1", "inner.micro_batch_size=-1: must be at least 0"),
     ("inner.warmup_steps=-1", "inner.warmup_steps=-1: must be at least 0"),
+    ("inner.newcomer_steps=-1", "inner.newcomer_steps=-1: must be at least 0"),
     ("inner.weight_decay=-1", "inner.weight_decay=-1.0: must be from 0 to 100"),
     ("inner.weight_decay=.nan", "inner.weight_decay=nan: must be from 0 to 100"),
     ("inner.learning_rate=0", "inner.learning_rate=0.0: must be above 0 and at most 10"),
@@ -407,6 +416,12 @@ BAD_OVERRIDES = [
     ("inner.final_learning_rate_fraction=2", "fraction=2.0: must be from 0 to 1"),
     ("outer.learning_rate=0", "outer.learning_rate=0.0: must be above 0 and at most 10"),
     ("outer.epsilon=0", "outer.epsilon=0.0: must be above 0 and at most 1"),
+    ("outer.trim_fraction=0.5", "outer.trim_fraction=0.5: must be from 0 to below 0.5"),
+    ("outer.trim_fraction=-0.1", "outer.trim_fraction=-0.1: must be from 0 to below 0.5"),
+    ("outer.trim_fraction=.nan", "outer.trim_fraction=nan: must be from 0 to below 0.5"),
+    ("outer.clip_delta=-1", "outer.clip_delta=-1.0: must be from 0 to 1e+09"),
+    ("outer.clip_delta=.inf", "outer.clip_delta=inf: must be from 0 to 1e+09"),
+    ("largest_delta=0", "largest_delta=0.0: must be above 0 and at most 1e+09"),
     ("quorum=0", "quorum=0.0: must be above 0 and at most 1"),
     ("quorum=2", "quorum=2.0: must be above 0 and at most 1"),
     ("validation_fraction=0", "validation_fraction=0.0: must be above 0 and at most 0.9"),
@@ -427,8 +442,6 @@ BAD_OVERRIDES = [
     ("outer.optimizer=adam outer.momentum=0.9", "outer.optimizer=adam: only nesterov takes it"),
     ("outer.optimizer=nesterov outer.momentum=1", "outer.momentum=1.0: must be from 0 to below 1"),
     # silos
-    ("silos=null", "silos: none; name at least one, such as silos.fr.files=['data/fr/*.txt']"),
-    ("silos={}", "silos: none; name at least one"),
     ("silos.ant.hub=x", "silos.ant: set exactly one of files, hub, packages (set: files, hub)"),
     ("silos.ant.files=[]", "silos.ant: set exactly one of files, hub, packages (set: none)"),
     ("silos.new.max_bytes=5", "silos.new: set exactly one of files, hub, packages (set: none)"),
@@ -440,6 +453,11 @@ BAD_OVERRIDES = [
     (f"silos.{'x' * 65}.files=[a]", "at most 64"),
     ("only=[zebra]", "only='zebra': no such silo; silos: ant, bee, cat"),
     ("only=[ant,ant]", "only=['ant', 'ant']: names a silo twice"),
+    ("without=[zebra]", "without='zebra': no such silo; silos: ant, bee, cat"),
+    ("without=[ant,ant]", "without=['ant', 'ant']: names a silo twice"),
+    ("without=[ant,bee,cat]", "without=['ant', 'bee', 'cat']: leaves no silo"),
+    ("only=[ant] without=[ant]", "without=['ant']: leaves no silo"),
+    ("without=[ant] silos_per_round=3", "silos_per_round=3: the run has only 2 silos"),
     ("silos_per_round=4", "silos_per_round=4: the run has only 3 silos; 0 samples all"),
     ("only=[ant] silos_per_round=2", "silos_per_round=2: the run has only 1 silos"),
     # names of folders, and models
@@ -473,12 +491,8 @@ BAD_FILES = [
     ("just a word\n", "just a word: no such setting"),
     ("name: ${nope}\n", "not readable as YAML: Interpolation key 'nope' not found"),
     ("name: ${name}\n", "not readable as YAML"),
-    ("", "silos: none; name at least one"),
     ("", "model: set model.preset (a file of conf/models) or model.config.model_type"),
     (SILO, "model: set model.preset"),
-    (MODEL, "silos: none; name at least one"),
-    (MODEL + "silos: {}\n", "silos: none; name at least one"),
-    (MODEL + "silos:\n", "silos: none; name at least one"),
     (MODEL + "silos: [ant]\n", "silos=['ant']: must be a mapping of silos by name"),
     (MODEL + "silos: {ant: }\n", "silos.ant: a silo needs a mapping"),
     (MODEL + "silos: {ant: [a.txt]}\n", "silos.ant: a silo needs a mapping"),
@@ -506,6 +520,34 @@ def test_a_bad_file_is_named_with_its_mend(tmp_path: Path, text: str, fragment: 
     found = problems(written(tmp_path, text))
     assert any(fragment in problem for problem in found), found
     assert all("\n" not in problem for problem in found)
+
+
+@pytest.mark.parametrize("silos", ["", "silos: {}\n", "silos:\n"])
+def test_a_recipe_without_silos_is_for_deployments_alone(tmp_path: Path, silos: str) -> None:
+    recipe = load_recipe(written(tmp_path, MODEL + silos))
+    assert recipe.silo_names == []
+    with pytest.raises(ConfigError, match=r"silos: none; name at least one, such as silos\.fr"):
+        require_silos(recipe)
+
+
+@pytest.mark.parametrize("override", ["silos={}", "silos=null"])
+def test_silos_may_all_be_taken_away(recipe: RecipeOf, override: str) -> None:
+    assert recipe(override).silos == {}
+    require_silos(recipe())
+
+
+def test_a_deployments_recipe_may_name_silos_that_only_their_files_describe(
+    tmp_path: Path,
+) -> None:
+    recipe = load_recipe(written(tmp_path, MODEL + "only: [ant, bee]\nwithout: [bee]\n"))
+    assert recipe.silo_names == ["ant"]
+    found = problems(written(tmp_path, MODEL), "only=[../x] without=[Bee,Bee]")
+    assert [p.split(":")[0] for p in found] == [
+        "silos.../x",
+        "silos.Bee",
+        "silos.Bee",
+        "without=['Bee', 'Bee']",
+    ]
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ import huggingface_hub.constants
 import numpy as np
 import pyarrow
 import pytest
-import sentencepiece as spm
 import torch
 from pyarrow import parquet
 
-from dept_fl.config import DataSource, Recipe
+from dept_fl.config import Recipe, SiloConfig
 from dept_fl.data import (
     Batches,
     Corpus,
@@ -38,12 +37,13 @@ from dept_fl.data import (
 from dept_fl.errors import DeptError
 from dept_fl.sources import docstrings, documents, source_key, without_licence
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, Vocabulary, train_sentencepiece
+from tests.conftest import sentencepiece_model
 
 RECIPE = Recipe(validation_fraction=0.2)
 
 
 def read(*files: Path | str, **settings: Any) -> list[str]:
-    return list(documents("ant", DataSource(files=[str(f) for f in files], **settings)))
+    return list(documents("ant", SiloConfig(files=[str(f) for f in files], **settings)))
 
 
 def write(file: Path, content: str | bytes) -> Path:
@@ -198,7 +198,7 @@ def test_max_bytes_stops_behind_the_document_that_reaches_it(tmp_path: Path) -> 
 
 
 def hub(folder: Path, **settings: Any) -> list[str]:
-    return list(documents("ant", DataSource(hub=str(folder), **settings)))
+    return list(documents("ant", SiloConfig(hub=str(folder), **settings)))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(20)
 def test_a_missing_hub_data_set_is_named_with_the_mend(offline: None) -> None:
     with pytest.raises(DeptError) as raised:
-        list(documents("ant", DataSource(hub="nobody/nothing")))
+        list(documents("ant", SiloConfig(hub="nobody/nothing")))
     assert "silo ant: hub data set 'nobody/nothing'" in str(raised.value)
     assert "check silos.ant.hub, hub_config and hub_split" in str(raised.value)
 
@@ -253,7 +253,7 @@ def test_a_wrong_hub_setting_is_named_with_the_mend(
 
 
 def packages(*names: str, **settings: Any) -> list[str]:
-    return list(documents("ant", DataSource(packages=list(names), **settings)))
+    return list(documents("ant", SiloConfig(packages=list(names), **settings)))
 
 
 def test_the_standard_library_is_read_by_patterns_of_its_paths() -> None:
@@ -351,16 +351,16 @@ def test_a_bad_file_is_named_with_its_silo_and_the_mend(tmp_path: Path, case: st
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (DataSource(files=["/nowhere/*.txt"]), r"no file matches \['/nowhere/\*.txt'\]; check "),
-        (DataSource(packages=["no-such"]), "package 'no-such' is not installed; install it or "),
+        (SiloConfig(files=["/nowhere/*.txt"]), r"no file matches \['/nowhere/\*.txt'\]; check "),
+        (SiloConfig(packages=["no-such"]), "package 'no-such' is not installed; install it or "),
         (
-            DataSource(packages=["stdlib"], include=["*.nothing"]),
+            SiloConfig(packages=["stdlib"], include=["*.nothing"]),
             r"no file of \['stdlib'\] matches \['\*.nothing'\]; check silos.ant.include",
         ),
     ],
 )
 def test_a_source_that_finds_nothing_is_named_with_the_mend(
-    source: DataSource, message: str
+    source: SiloConfig, message: str
 ) -> None:
     with pytest.raises(DeptError, match=f"^silo ant: {message}"):
         list(documents("ant", source))
@@ -383,7 +383,7 @@ def test_a_huge_paragraph_asks_for_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_data_without_text_is_named_with_the_mend(tmp_path: Path, name: str, content: str) -> None:
     text = content if name == "a.txt" else rows(content)
-    source = DataSource(files=[str(write(tmp_path / name, text))])
+    source = SiloConfig(files=[str(write(tmp_path / name, text))])
     with pytest.raises(DeptError, match=r"^silo ant: no text in its data; check silos\.ant"):
         load_corpus("ant", source, RECIPE, tmp_path / "cache")
 
@@ -400,7 +400,7 @@ def some_texts(count: int = 100) -> list[str]:
 
 def corpus_of(folder: Path, texts: Sequence[str], recipe: Recipe = RECIPE) -> Corpus:
     file = write(folder / "data.jsonl", rows(*texts))
-    return load_corpus("ant", DataSource(files=[str(file)]), recipe, folder / "cache")
+    return load_corpus("ant", SiloConfig(files=[str(file)]), recipe, folder / "cache")
 
 
 def test_every_document_falls_into_one_split_in_its_order(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_the_digest_is_of_the_data_and_its_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["files", "hub"])
 def test_the_key_of_a_source_changes_with_its_files_and_settings(tmp_path: Path, kind: str) -> None:
     file = write(tmp_path / "train.jsonl", rows("one"))
-    source = DataSource(files=[str(file)]) if kind == "files" else DataSource(hub=str(tmp_path))
+    source = SiloConfig(files=[str(file)]) if kind == "files" else SiloConfig(hub=str(tmp_path))
     first = source_key(source, RECIPE)
     assert source_key(source, replace(RECIPE, seed=5, variant="trim")) == first
     assert source_key(replace(source, max_bytes=9), RECIPE) != first
@@ -614,18 +614,14 @@ def long_text(tokenizer: Tokenizer) -> str:
 
 def with_prefix_space() -> SentencePieceTokenizer:
     """A tokenizer that puts a space before each text, as Llama's does."""
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(some_texts()),
-        model_writer=model,
+    model = sentencepiece_model(
+        some_texts(),
         vocab_size=300,
-        byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=True,
-        minloglevel=3,
     )
-    return SentencePieceTokenizer(model.getvalue())
+    return SentencePieceTokenizer(model)
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -673,7 +669,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
 def test_what_is_prepared_once_is_not_written_again(
     tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
-    source = DataSource(files=[str(write(tmp_path / "a.jsonl", rows(*some_texts())))])
+    source = SiloConfig(files=[str(write(tmp_path / "a.jsonl", rows(*some_texts())))])
 
     def prepare() -> tuple[Corpus, TokenStream]:
         corpus = load_corpus("ant", source, RECIPE, tmp_path / "text")
@@ -699,7 +695,7 @@ def test_a_corpus_that_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
     good = write(tmp_path / "a.jsonl", rows(*some_texts()))
     bad = write(tmp_path / "b.jsonl", "{")
     with pytest.raises(DeptError, match="not JSON"):
-        load_corpus("ant", DataSource(files=[str(good), str(bad)]), RECIPE, tmp_path / "cache")
+        load_corpus("ant", SiloConfig(files=[str(good), str(bad)]), RECIPE, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 

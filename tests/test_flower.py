@@ -51,6 +51,8 @@ def test_dept_run_gives_the_tensors_of_the_plain_algorithm_and_leaves_no_process
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round 2 of 2" in done.stdout
     assert str(run_dir / "metrics.jsonl") in done.stdout
+    told = json.loads(dept("status", str(run_dir), "--json", home=home).stdout)
+    assert (told["state"], told["round"], len(told["silos"])) == ("ended", 2, 3)
     server, silos = trained(recipe("rounds=2"), home)
     tensors, meta = load_state(round_folder(run_dir / "checkpoints", 2))
     assert same(under_prefix("body", tensors), server.body)
@@ -130,10 +132,7 @@ def test_plain_flwr_run_works_where_flwr_was_never_run(
         ["make", "stop"], cwd=ROOT, env=fresh_flower, capture_output=True, text=True
     )
     assert f"ended the SuperLink on port {port}" in stopped.stdout
-    deadline = time.monotonic() + 30
-    while processes(f"--port {port}") and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert processes(f"--port {port}") == []
+    assert processes(fresh_flower["FLWR_HOME"]) == []
 
 
 def test_a_killed_run_resumed_gives_the_tensors_of_an_unbroken_one(

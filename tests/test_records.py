@@ -92,7 +92,10 @@ def test_parameters_that_are_missing_or_extra_are_named():
         ({"task": ConfigRecord({"silo": "ant", "round": float("inf")})}, "not a number"),
         ({"metrics": MetricRecord({"loss": float("nan")})}, "not a finite number"),
         ({"metrics": MetricRecord({"loss": [1.0]})}, "not a finite number"),
-        ({"embeddings": record()}, "missing or not asked for"),
+        ({"task": ConfigRecord({"silo": "ant", "round": 1.5})}, "round=1.5 is not a whole number"),
+        ({"embeddings": record()}, "nobody asked for: embeddings"),
+        ({"embeddings": ConfigRecord({"a": 1})}, "nobody asked for: embeddings"),
+        ({"embeddings": ArrayRecord()}, "nobody asked for: embeddings"),
     ],
 )
 def test_a_reply_that_is_not_an_update_is_refused(changes: dict[str, Any], reason: str):
@@ -181,6 +184,10 @@ def test_a_registration_is_read():
         ({"step_s": float("nan")}, "not a number"),
         ({"step_s": "1"}, "not a number"),
         ({"train_bytes": 2**63}, "not a number"),
+        ({"train_bytes": 1.0}, "train_bytes=1.0 is not a whole number"),
+        ({"fingerprint": "\x1b[2J"}, r"fingerprint='\\x1b\[2J' is not one"),
+        ({"fingerprint": "a" * 65}, "is not one"),
+        ({"fingerprint": ["a"]}, "is not one"),
     ],
 )
 def test_a_registration_that_cannot_be_is_refused(changes: dict[str, Any], reason: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,17 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path):
     ledger.write("round", round=1)
     with ledger.file.open("a") as stream:
         stream.write('{"event": "rou')
-    assert ledger.read() == [{"event": "round", "round": 1}]
+    assert [(e["event"], e["round"]) for e in ledger.read()] == [("round", 1)]
+
+
+def test_each_event_has_the_time_when_it_was_written_and_keeps_it(tmp_path: Path):
+    ledger = Ledger(tmp_path)
+    before = time.time()
+    ledger.write("round", round=1)
+    written = ledger.read()
+    assert before - 0.001 <= written[0]["time"] <= time.time() + 0.001
+    ledger.rewind(1)
+    assert ledger.read() == written
 
 
 def test_writing_behind_a_cut_off_line_loses_nothing(tmp_path: Path):
@@ -52,7 +63,8 @@ def test_every_line_is_json_that_other_tools_read(tmp_path: Path):
 
 
 def test_durations_are_said_as_people_say_them():
-    assert [duration(s) for s in (3, 89, 240, 7200)] == ["3 s", "89 s", "4 min", "2.0 h"]
+    said = [duration(s) for s in (3, 89, 240, 7200, 345_600)]
+    assert said == ["3 s", "89 s", "4 min", "2.0 h", "4 days"]
 
 
 def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from dept_fl.checkpoint import rounds_on_disk
 from dept_fl.config import Recipe, load_recipe
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
-from dept_fl.rounds import Server, last_checkpoint, pretrain
+from dept_fl.rounds import Server, SharedTokenizer, last_checkpoint, pretrain
 from dept_fl.silo import Registration, Silo, Task, Update
 from tests.federation import ALL_VARIANTS, same, start, state_of, trained
 
@@ -57,7 +58,14 @@ TRIM_ROWS = {"ant": [0, 1, 3], "bee": [1, 2, 3], "cat": [3, 4]}
 
 def trim_server(recipe: Make, overrides: str = "") -> Server:
     settings = recipe(f"variant=trim tokenizer=shared shared_tokenizer=x {overrides}")
-    return Server(settings, {name: holds(name, rows) for name, rows in TRIM_ROWS.items()}, "e" * 12)
+    return with_members(settings, {name: holds(name, rows) for name, rows in TRIM_ROWS.items()})
+
+
+def with_members(settings: Recipe, registrations: dict[str, Registration]) -> Server:
+    server = Server(settings, "e" * 12, SharedTokenizer(6, "f"))
+    for registration in registrations.values():
+        server.register(registration)
+    return server
 
 
 def test_trim_round_by_hand_with_all_silos(recipe: Make):
@@ -149,10 +157,11 @@ def test_killed_at_round_2_of_4_and_resumed_equals_unbroken(
 
 
 def train_one_round(server: Server, silos: dict) -> None:
-    merge = server.open_round()
-    for name in merge.sampled:
-        server.add(merge, silos[name].train(server.task(name)))
-    server.close_round(merge)
+    with TemporaryDirectory() as folder:
+        merge = server.open_round(Path(folder))
+        for name in merge.sampled:
+            server.add(merge, silos[name].train(server.task(name)))
+        server.close_round(merge)
 
 
 def test_an_update_that_was_not_merged_leaves_no_trace(recipe: Make, home: Path):
@@ -170,8 +179,8 @@ def test_a_seldom_sampled_silo_keeps_the_state_it_will_need(recipe: Make, home: 
     server, silos = start(recipe("silos_per_round=1 rounds=12"), home)
     pretrain(server, silos)
     for name, silo in silos.items():
-        newest = max(server.history[name], default=0)
-        assert server.history[name] == [] or newest in rounds_on_disk(silo._states)
+        newest = max(server.members[name].merged, default=0)
+        assert server.members[name].merged == [] or newest in rounds_on_disk(silo._states)
         assert len(rounds_on_disk(silo._states)) <= 3
 
 
@@ -183,6 +192,14 @@ def test_sampling_depends_on_seed_round_and_names_alone(recipe: Make):
     assert {name for draw in draws for name in draw} == {"ant", "bee", "cat"}
     other = trim_server(recipe, "silos_per_round=2 rounds=40 seed=4")
     assert draws != [other.sample(t) for t in range(1, 41)]
+
+
+def test_a_silo_is_sampled_in_the_rounds_behind_the_one_in_which_it_joined(recipe: Make):
+    server = trim_server(recipe)
+    server.register(holds("dog", [1, 5]), during=2)
+    assert server.register(holds("ant", TRIM_ROWS["ant"]), during=2) is False
+    assert server.sample(2) == ["ant", "bee", "cat"]
+    assert server.sample(3) == ["ant", "bee", "cat", "dog"]
 
 
 def update(server: Server, **changes: object) -> Update:
@@ -213,39 +230,40 @@ def poisoned(tensors: dict[str, torch.Tensor], value: float) -> dict[str, torch.
         (lambda u: {"embeddings": {n: t[:-1] for n, t in u.embeddings.items()}}, "expected"),
     ],
 )
-def test_a_bad_update_is_rejected_as_a_whole(recipe: Make, changes: Callable, reason: str):
+def test_a_bad_update_is_rejected_as_a_whole(
+    recipe: Make, changes: Callable, reason: str, tmp_path: Path
+):
     server = trim_server(recipe, "rounds=1")
-    merge = server.open_round()
+    merge = server.open_round(tmp_path)
     with pytest.raises(BadUpdate, match=reason):
         server.add(merge, update(server, **changes(update(server))))
     assert merge.merged == []
-    for delta in (*merge.body.mean().values(), *merge.embeddings.mean().values()):
-        assert not delta.any()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_update_of_a_silo_in_one_round_is_rejected(recipe: Make):
+def test_a_second_update_of_a_silo_in_one_round_is_rejected(recipe: Make, tmp_path: Path):
     server = trim_server(recipe)
-    merge = server.open_round()
+    merge = server.open_round(tmp_path)
     server.add(merge, update(server))
     with pytest.raises(BadUpdate, match="second"):
         server.add(merge, update(server))
 
 
-def test_a_round_below_the_quorum_names_who_is_missing(recipe: Make):
+def test_a_round_below_the_quorum_names_who_is_missing(recipe: Make, tmp_path: Path):
     server = trim_server(recipe, "quorum=0.5")
-    merge = server.open_round()
+    merge = server.open_round(tmp_path)
     server.add(merge, update(server))
     with pytest.raises(DeptError, match=r"only 1 of 3 .* bee, cat.* quorum=0.5"):
         server.close_round(merge)
     assert server.round == 0
 
 
-def test_different_shared_tokenizers_are_refused_by_name(recipe: Make):
-    settings = recipe("variant=glob tokenizer=shared shared_tokenizer=x")
+def test_a_different_shared_tokenizer_is_refused(recipe: Make):
+    settings = recipe("variant=trim tokenizer=shared shared_tokenizer=x")
     registrations = {name: holds(name, rows) for name, rows in TRIM_ROWS.items()}
     registrations["cat"] = replace(registrations["cat"], fingerprint="other")
-    with pytest.raises(DeptError, match=r"different tokenizers .*other: cat"):
-        Server(settings, registrations, "e" * 12)
+    with pytest.raises(BadUpdate, match=r"its tokenizer \(other\) is not the federation's \(f\)"):
+        with_members(settings, registrations)
 
 
 @pytest.mark.parametrize("rows", [[3, 1], [1, 1], [-1, 2], [4, 6]])
@@ -253,8 +271,8 @@ def test_token_ids_that_cannot_be_are_refused(recipe: Make, rows: list[int]):
     settings = recipe("variant=trim tokenizer=shared shared_tokenizer=x")
     registrations = {name: holds(name, rows) for name, rows in TRIM_ROWS.items()}
     registrations["cat"] = holds("cat", rows)
-    with pytest.raises(DeptError, match="silo cat: its token ids"):
-        Server(settings, registrations, "e" * 12)
+    with pytest.raises(BadUpdate, match="its token ids"):
+        with_members(settings, registrations)
 
 
 def test_resuming_with_other_settings_names_them(recipe: Make, home: Path, tmp_path: Path):
@@ -321,11 +339,160 @@ def test_text_that_changed_between_rounds_is_noticed(
         changed.train(server.task("ant"))
 
 
-def test_a_quorum_is_not_missed_by_a_rounding_error(recipe: Make):
+# ---- clipping and other merges ------------------------------------------------------------------
+
+
+def spec_server(recipe: Make, overrides: str = "") -> Server:
+    """Three silos with vocabularies of their own; only the body travels."""
+    server = Server(recipe(overrides), "e" * 12, None)
+    for name in ("ant", "bee", "cat"):
+        server.register(replace(holds(name, [0, 1]), fingerprint="", rows=None))
+    return server
+
+
+def one_round(server: Server, body: dict[str, float], embeddings: float = 0.0) -> dict[str, float]:
+    """A round in which each silo adds its number to the body; returns who was scaled down."""
+    with TemporaryDirectory() as folder:
+        merge = server.open_round(Path(folder))
+        for name, value in body.items():
+            server.add(merge, AddsConstants(value, embeddings).train(server.task(name)))
+        return server.close_round(merge)
+
+
+def moved_by(server: Server, before: dict[str, torch.Tensor]) -> float:
+    """The one number that was added to the whole body."""
+    moves = [(tensor - before[name]).flatten() for name, tensor in server.body.items()]
+    move = torch.cat(moves)
+    torch.testing.assert_close(move, move[:1].expand_as(move), atol=1e-6, rtol=1e-3)
+    return float(move.mean())
+
+
+def copied(server: Server) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in server.body.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "moved"),
+    [
+        ("", 0.002),  # 1, 1 and 4 thousandths, being 4 times the median norm
+        ("outer.clip_delta=0", 1.002 / 3),
+        ("outer.clip_delta=1", 0.001),
+        ("outer.merge=median", 0.001),
+        ("outer.merge=trimmed-mean outer.trim_fraction=0.4", 0.001),
+        ("outer.merge=trimmed-mean outer.trim_fraction=0.3", 0.002),
+    ],
+)
+def test_a_delta_a_thousand_times_too_large_in_round_1_is_scaled_down(
+    recipe: Make, settings: str, moved: float
+):
+    server = spec_server(recipe, settings)
+    before = copied(server)
+    clipped = one_round(server, {"ant": 0.001, "bee": 1.0, "cat": 0.001})
+    assert moved_by(server, before) == pytest.approx(moved, rel=1e-3)
+    limit = server.recipe.outer.clip_delta
+    assert clipped == ({"bee": pytest.approx(limit / 1000)} if limit else {})
+
+
+def test_the_limit_of_later_rounds_is_the_median_of_the_clipped_norms_before(recipe: Make):
+    server = spec_server(recipe, "outer.clip_delta=2 rounds=9 inner.local_steps=1")
+    unit = server.layout.body_parameters() ** 0.5  # the norm of a delta of ones
+    one_round(server, {"ant": 0.001, "bee": 0.002, "cat": 0.009})  # cat is clipped to 4
+    kept = [norm / unit for norm in server._norms.rounds["body"][0]]
+    assert kept == pytest.approx([0.001, 0.002, 0.004], rel=1e-3)
+    before = copied(server)
+    # The median is 2, so that the limit is 4: ant's 8 becomes 4.
+    clipped = one_round(server, {"ant": 0.008, "bee": 0.003, "cat": -0.001})
+    assert clipped == {"ant": pytest.approx(0.5, rel=1e-3)}
+    assert moved_by(server, before) == pytest.approx((4 + 3 - 1) / 3000, rel=1e-3)
+    # 1 2 4, 4 3 1: the median is 2.5, the limit 5
+    assert one_round(server, {"ant": 0.0049, "bee": 0.0051, "cat": 0.001}) == {
+        "bee": pytest.approx(5 / 5.1, rel=1e-3)
+    }
+
+
+def test_a_delta_a_thousand_times_too_large_in_round_3_is_refused(recipe: Make, tmp_path: Path):
+    server = spec_server(recipe)
+    for _ in range(2):
+        one_round(server, dict.fromkeys(("ant", "bee", "cat"), 0.001))
+    merge = server.open_round(tmp_path)
+    for name, value in (("ant", 0.1001), ("bee", 1.0)):
+        with pytest.raises(BadUpdate, match=r"body: its norm .* is over largest_delta=100 times"):
+            server.add(merge, AddsConstants(value, 0).train(server.task(name)))
+    server.add(merge, AddsConstants(0.0999, 0).train(server.task("cat")))
+    assert merge.merged == ["cat"]
+    assert [file.name for file in tmp_path.iterdir() if file.name.endswith("body")] == ["cat.body"]
+
+
+def test_with_a_larger_largest_delta_it_is_scaled_down_in_round_3_too(recipe: Make):
+    server = spec_server(recipe, "largest_delta=1e4")
+    for _ in range(2):
+        one_round(server, dict.fromkeys(("ant", "bee", "cat"), 0.001))
+    before = copied(server)
+    assert one_round(server, {"ant": 0.001, "bee": 0.001, "cat": 1.0}).keys() == {"cat"}
+    assert moved_by(server, before) == pytest.approx(0.002, rel=1e-3)
+
+
+def test_embeddings_that_travel_are_scaled_down_apart_from_the_body(recipe: Make, tmp_path: Path):
+    server = trim_server(recipe, "rounds=1 outer.clip_delta=1")
+    phi = server.embeddings["model.embed_tokens.weight"].clone()
+    before = copied(server)
+    merge = server.open_round(tmp_path)
+    # Norms of the embeddings: 0.03 sqrt(48), 0.01 sqrt(48), 0.01 sqrt(32); the median is bee's.
+    for name, value in (("ant", 0.03), ("bee", 0.01), ("cat", 0.01)):
+        server.add(merge, AddsConstants(0.005, value).train(server.task(name)))
+    assert server.close_round(merge) == {}
+    assert moved_by(server, before) == pytest.approx(0.005, rel=1e-3)
+    moved = torch.full((6, 1), 0.01)
+    moved[5] = 0
+    torch.testing.assert_close(
+        server.embeddings["model.embed_tokens.weight"], (phi + moved), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("how", ["median", "trimmed-mean"])
+def test_trim_round_by_hand_with_other_merges(recipe: Make, how: str):
+    server = trim_server(recipe, f"rounds=1 outer.merge={how} outer.trim_fraction=0.4")
+    phi = server.embeddings["model.embed_tokens.weight"].clone()
+    before = copied(server)
+    deltas = {"ant": (0.003, 0.01), "bee": (0.006, 0.04), "cat": (-0.009, -0.02)}
+    pretrain(server, {name: AddsConstants(*both) for name, both in deltas.items()})
+    assert moved_by(server, before) == pytest.approx(0.003, rel=1e-3)
+    # rows 0: ant; 1: (ant + bee)/2; 2: bee; 3: the middle of three; 4: cat; 5: nobody
+    moved = torch.tensor([0.01, 0.025, 0.04, 0.01, -0.02, 0.0]).unsqueeze(1)
+    torch.testing.assert_close(server.embeddings["model.embed_tokens.weight"], phi + moved)
+    assert torch.equal(server.embeddings["model.embed_tokens.weight"][5], phi[5])
+
+
+@pytest.mark.parametrize("merge", ["mean", "median", "trimmed-mean"])
+@pytest.mark.parametrize("outer", ["average", "nesterov"])
+def test_stopped_and_resumed_equals_unbroken_while_deltas_are_scaled_down(
+    recipe: Make, tmp_path: Path, merge: str, outer: str
+):
+    settings = f"outer.merge={merge} outer.optimizer={outer} outer.clip_delta=1.5 rounds=6"
+
+    def numbers(round_: int) -> dict[str, float]:
+        return {"ant": 0.001 * round_, "bee": -0.002, "cat": 0.03 / round_}
+
+    unbroken, stopped = trim_server(recipe, settings), trim_server(recipe, settings)
+    scaled = [one_round(unbroken, numbers(t), 0.001 * t) for t in range(1, 7)]
+    assert sum(map(len, scaled)) >= 6
+    for t in range(1, 4):
+        one_round(stopped, numbers(t), 0.001 * t)
+    stopped.save(tmp_path)
+    resumed = trim_server(recipe, settings)
+    resumed.load(*last_checkpoint(tmp_path, resumed.recipe))
+    for t in range(4, 7):
+        assert one_round(resumed, numbers(t), 0.001 * t) == scaled[t - 1]
+    for part in ("body", "embeddings"):
+        assert same(getattr(resumed, part), getattr(unbroken, part))
+    assert resumed._norms.rounds == unbroken._norms.rounds
+
+
+def test_a_quorum_is_not_missed_by_a_rounding_error(recipe: Make, tmp_path: Path):
     server = trim_server(recipe, "quorum=0.28")
-    merge = server.open_round()
+    merge = server.open_round(tmp_path)
     merge.sampled = [str(i) for i in range(25)]
-    merge.merged = [str(i) for i in range(7)]
+    merge.norms = {str(i): {} for i in range(7)}
     assert server.has_quorum(merge)
-    merge.merged.pop()
+    merge.norms.popitem()
     assert not server.has_quorum(merge)

@@ -31,7 +31,7 @@ def run(
 ) -> tuple[Server, InProcessGrid]:  # fmt: skip
     run_dir.mkdir(exist_ok=True)
     grid = InProcessGrid(nodes, home, tamper)
-    return DeptStrategy(recipe, home, run_dir, resume).start(grid), grid
+    return DeptStrategy(recipe, home, run_dir, resume, simulated=True).start(grid), grid
 
 
 def silos_of(server: Server, home: Path) -> dict[str, Silo]:
@@ -142,7 +142,7 @@ def test_any_number_of_silos_on_two_nodes(tmp_path: Path, recipe: Make, silos: i
         write_text(tmp_path, name, words=[chr(97 + (i + j) % 26) * 3 + "x" for j in range(26)])
     settings = f"{sources} only=[{','.join(names)}] rounds=1 vocab_size=300"
     server, grid = run(recipe(settings), tmp_path / "home", tmp_path / "run")
-    assert server.history == {name: [1] for name in names}
+    assert {n: m.merged for n, m in server.members.items()} == {name: [1] for name in names}
     hosts = {m.content.config_records["task"]["silo"]: m.metadata.dst_node_id
              for m in grid.sent if m.metadata.message_type == "train"}  # fmt: skip
     assert hosts == {name: 1000 + i % 2 for i, name in enumerate(sorted(names))}
@@ -155,7 +155,7 @@ def test_two_runs_side_by_side_do_not_mix(recipe: Make, home: Path, tmp_path: Pa
     running = [start(made, home) for made in pairs]
     for target in range(1, 5):
         for server, silos in running:
-            merge = server.open_round()
+            merge = server.open_round(tmp_path)
             for name in merge.sampled:
                 server.add(merge, silos[name].train(server.task(name)))
             server.close_round(merge)
@@ -284,7 +284,7 @@ def test_a_bad_reply_costs_one_line_and_the_round_is_tried_again(
     change, reason = BAD_REPLIES[kind]
     made = recipe("round_timeout_s=0.1")
     server, _ = run(made, home, tmp_path, tamper=spoil("bee", change, {2}))
-    assert server.history["bee"] == [1, 2, 3, 4]
+    assert server.members["bee"].merged == [1, 2, 3, 4]
     assert same(state_of(server, silos_of(server, home)), state_of(*trained(made, home)))
     failures = [e for e in Ledger(tmp_path).read() if e["event"] == "failure"]
     assert [(e["round"], e["silo"]) for e in failures] == [(2, "bee")]
@@ -297,7 +297,8 @@ def test_with_a_smaller_quorum_the_round_goes_on_without_the_bad_reply(
 ):
     made = recipe("quorum=0.6")
     server, _ = run(made, home, tmp_path, tamper=spoil("bee", not_a_number, {2}))
-    assert server.history == {"ant": [1, 2, 3, 4], "bee": [1, 3, 4], "cat": [1, 2, 3, 4]}
+    merged = {name: member.merged for name, member in server.members.items()}
+    assert merged == {"ant": [1, 2, 3, 4], "bee": [1, 3, 4], "cat": [1, 2, 3, 4]}
 
 
 def test_a_round_that_stays_below_the_quorum_stops_with_its_checkpoint_whole(
@@ -326,7 +327,7 @@ def test_the_ledger_has_what_it_promises(recipe: Make, home: Path, tmp_path: Pat
     run(recipe("variant=trim tokenizer=shared"), home, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     kinds = {line["event"] for line in lines}
-    assert {"plan", "silo_train", "silo_eval", "round", "checkpoint", "end"} == kinds
+    assert {"join", "plan", "silo_train", "silo_eval", "round", "checkpoint", "end"} == kinds
     train = next(line for line in lines if line["event"] == "silo_train")
     promised = "round silo loss tokens bytes_up_body bytes_up_embeddings bytes_down_body "
     promised += "bytes_down_embeddings train_s encode_s merge_s load_s save_s tokens_per_s "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece as spm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +25,7 @@ from dept_fl.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from tests.conftest import sentencepiece_model
 
 AWKWARD = (
     "<s>",
@@ -343,19 +342,6 @@ def test_words_added_to_a_byte_level_tokenizer_are_spelled_in_its_alphabet(
 # ---- loading ---------------------------------------------------------------------------------
 
 
-def sentencepiece_model(**options: object) -> bytes:
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(words()),
-        model_writer=model,
-        vocab_size=290,
-        byte_fallback=True,
-        minloglevel=3,
-        **options,
-    )
-    return model.getvalue()
-
-
 def test_fingerprints_tell_tokenizers_apart(model: bytes, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.model"
     file.write_bytes(model)
@@ -385,7 +371,7 @@ def refused(name: Path) -> str:
     with pytest.raises(DeptError) as raised:
         load_tokenizer(name)
     message = str(raised.value)
-    assert f"shared_tokenizer={str(name)!r}" in message
+    assert f"tokenizer {str(name)!r}: " in message
     assert MEND in message
     return message
 
@@ -403,7 +389,7 @@ def test_a_file_that_is_no_model_is_named_with_the_mend(tmp_path: Path, content:
 
 def test_a_model_without_an_end_id_is_named_with_the_mend(tmp_path: Path) -> None:
     file = tmp_path / "endless.model"
-    file.write_bytes(sentencepiece_model(eos_id=-1))
+    file.write_bytes(sentencepiece_model(words(), eos_id=-1))
     assert "without an end-of-sentence id" in refused(file)
 
 

@@ -1,0 +1,97 @@
+"""Servers that run for long: started, watched, and ended with all that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import psutil
+
+from dept_fl.local import end_tree, is_alive
+
+_MARK = "DEPT_SERVER"  # in the environment of a server and of all that it starts
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """A signal to end is a KeyboardInterrupt; more of them cannot disturb the clearing."""
+
+    def interrupt(*_: object) -> None:
+        _ignore_signals()
+        raise KeyboardInterrupt
+
+    before = {each: signal.getsignal(each) for each in _ENDING}
+    for each, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as `nohup` leaves it
+            signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _ignore_signals() -> None:
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+
+
+@contextmanager
+def serving(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a session of its own: Ctrl-C is for us, who end the two in order."""
+    marked = {**environment, _MARK: uuid4().hex}
+    process = subprocess.Popen(command, env=marked, start_new_session=True)
+    try:
+        yield process
+    finally:
+        _ignore_signals()
+        end_tree(process.pid)
+        for each in psutil.process_iter():
+            if _outlived(each, process.pid, marked[_MARK]):
+                end_tree(each.pid)
+        process.wait()
+
+
+def _outlived(process: psutil.Process, session: int, mark: str) -> bool:
+    """Whether a server that was killed has left this: its children outlive it.
+
+    nginx's worker has overwritten its environment, Flower's processes have left the session.
+    """
+    try:
+        return os.getsid(process.pid) == session or process.environ().get(_MARK) == mark
+    except (OSError, psutil.Error):  # it is gone, or another user's
+        return False
+
+
+class Watch:
+    """Sees whether a server still does its work.
+
+    A SuperLink or SuperNode whose flower-superexec has died looks well and starts no app any
+    more; Flower neither notices nor tells.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._helper: psutil.Process | None = None
+
+    def trouble(self) -> str:
+        """What is wrong with it; nothing while all is well."""
+        if self._process.poll() is not None:
+            return f"ended with exit status {self._process.returncode}"
+        if self._helper is None:
+            self._helper = self._superexec()
+        elif not is_alive(self._helper):
+            return "lost its flower-superexec"
+        return ""
+
+    def _superexec(self) -> psutil.Process | None:
+        try:
+            children = psutil.Process(self._process.pid).children()
+            return next((c for c in children if "flower-superexec" in " ".join(c.cmdline())), None)
+        except psutil.Error:  # one of them is just ending
+            return None

@@ -1,0 +1,229 @@
+"""A partner's own file about its silo: what no message from a server can set or change."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dept_fl.config import (
+    SILO_NAME,
+    Recipe,
+    SiloConfig,
+    absolute,
+    home_dir,
+    path_if_there,
+    read_yaml,
+    with_settings,
+)
+from dept_fl.errors import ConfigError
+
+# Settings that a recipe has for its simulated silos and a partner has for its own, with the
+# recipe's defaults: the server's values of these are never looked at.
+_LOCAL = {
+    "tokenizer_train_bytes": "tokenizer_train_bytes",
+    "validation_fraction": "validation_fraction",
+    "validation_max_bytes": "validation_max_bytes",
+    "deduplicate": "deduplicate",
+    "device": "device",
+    "share_samples": "share_samples",
+    "micro_batch_size": "inner.micro_batch_size",
+}
+_SOURCE = [f.name for f in fields(SiloConfig)]
+KEYS = ["name", "home", *_SOURCE, *_LOCAL]
+
+# What each key means, in the order in which `as_yaml` writes them.
+_WORDS = {
+    "name": "under which the federation knows this silo",
+    "home": "where its cleaned text, tokenizer, embeddings and state lie",
+    "files": "files, folders, patterns: .txt, .jsonl, .parquet, compressed too",
+    "hub": "a hub data set, streamed, instead of files",
+    "hub_config": "of the hub data set",
+    "hub_split": "of the hub data set",
+    "packages": "for trials: installed packages, whose files are its text",
+    "include": "patterns of the files in the packages",
+    "exclude": "patterns of files to leave out",
+    "content": "of those files: text, code (without licences), docstrings",
+    "column": "that holds the text in .jsonl, .parquet and hub data",
+    "sample_by": "what a .txt file is cut into: document, paragraph, line, auto",
+    "encoding": "of .txt and .jsonl files",
+    "max_bytes": "stop after so many bytes of documents; 0: take all",
+    "tokenizer": "one to adopt: SentencePiece .model, Hugging Face folder or name",
+    "vocab_size": "pieces of the tokenizer that is trained on this text",
+    "tokenizer_train_bytes": "how much of the text it is trained on",
+    "deduplicate": "drop documents that came before",
+    "validation_fraction": "share of the documents kept for validation",
+    "validation_max_bytes": "but no more than so much text",
+    "device": "auto, cpu or cuda",
+    "micro_batch_size": "sequences in one pass; fewer take less memory, 0: a batch",
+    "share_samples": "whether the server gets a text that the model writes",
+}
+_WORDS_COLUMN = 34
+
+
+@dataclass(frozen=True)
+class SiloFile:
+    """One silo of a deployment, from the YAML file that its SuperNode names.
+
+    Attributes:
+        name: of the silo in the federation.
+        home: where its tokenizer, text, tokens and state lie.
+        settings: by the dotted names that a recipe gives them.
+    """
+
+    path: Path
+    name: str
+    home: Path
+    settings: Mapping[str, Any]
+
+    def over(self, recipe: Recipe) -> Recipe:
+        """The server's recipe as it holds for this silo.
+
+        Raises:
+            ConfigError: the two do not go together, or the file has problems.
+        """
+        common = replace(
+            recipe, silos={}, only=[], without=[], silos_per_round=0, shared_tokenizer=""
+        )
+        try:
+            own = with_settings(common, self.settings)
+        except ConfigError as error:
+            problems = [f"{self.path}: {self.in_its_words(p)}" for p in error.problems]
+            raise ConfigError(problems) from error
+        if not own.own_tokenizers and not own.silos[self.name].tokenizer:
+            raise ConfigError(
+                [f"{self.path}: tokenizer: missing; the federation shares one, name its file here"]
+            )
+        return own
+
+    def alone(self) -> Recipe:
+        """A recipe without a server's part: enough for the text, the tokenizer and the tokens."""
+        micro = self.settings["inner.micro_batch_size"]
+        batch = micro if isinstance(micro, int) and micro > 0 else 1
+        least = {"inner.batch_size": batch, "sequence_tokens": 2}  # no text is too short for it
+        return self.over(
+            with_settings(Recipe(), {"model.config": {"model_type": "llama"}, **least})
+        )
+
+    def in_its_words(self, problem: str) -> str:
+        """A problem that names settings as a recipe does, with the names they have in this file."""
+        for key, dotted in _LOCAL.items():
+            problem = problem.replace(dotted, key)
+        silo = f"silos.{self.name}"
+        for head in (f"{silo}: ", f"silo {self.name}: "):
+            problem = problem.removeprefix(head)
+        problem = problem.replace(f"{silo}.", "")
+        return re.sub(rf"\b{re.escape(silo)}\b", "its data", problem)
+
+
+def load_silo_file(path: str | Path) -> SiloFile:
+    """Read a silo's file; its relative paths are relative to it.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    file = Path(path).expanduser()
+    if not file.is_absolute():
+        raise ConfigError([f"silo={str(path)!r}: must be an absolute path"])
+    if not file.is_file():
+        raise ConfigError([f"silo={str(path)!r}: no such file; `dept silo new` makes one"])
+    problems: list[str] = []
+    given = read_yaml(file, problems)
+    if problems:
+        raise ConfigError(problems)
+    return silo_file(file, given)
+
+
+def silo_file(file: Path, given: Mapping[str, Any]) -> SiloFile:
+    """The silo that a file with these settings describes.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    if problems := list(_problems(given)):
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    name, home = given["name"], given.get("home", "")
+    found = SiloFile(
+        path=file,
+        name=name,
+        home=home_dir(absolute(home, file.parent) if home else ""),
+        settings=_settings(name, given, file.parent),
+    )
+    found.alone()  # a file that can never do is refused before any server asks
+    return found
+
+
+def as_yaml(given: Mapping[str, Any]) -> str:
+    """The text of a silo's file with these settings, and the others with their defaults."""
+    rest = {key: value for key, value in _defaults().items() if key not in given}
+    return "\n".join(
+        [
+            "# A silo of a federation. Its SuperNode reads this file at every task, and no recipe",
+            "# of a server changes what it says. Relative paths start at the folder of this file.",
+            "",
+            *(_line(f"{key}: {_json(given[key])}", key) for key in _WORDS if key in given),
+            "",
+            "# Other settings, with their defaults:",
+            *(_line(f"# {key}: {_json(rest[key])}", key) for key in _WORDS if key in rest),
+            "",
+        ]
+    )
+
+
+def _line(setting: str, key: str) -> str:
+    if len(setting) < _WORDS_COLUMN:
+        return f"{setting:<{_WORDS_COLUMN}}# {_WORDS[key]}"
+    return f"# {_WORDS[key]}:\n{setting}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # which is YAML too
+
+
+def _defaults() -> dict[str, Any]:
+    recipe = asdict(Recipe())
+    own = {key: recipe[key] for key in _LOCAL if key in recipe}
+    return {**asdict(SiloConfig()), **own, "share_samples": False, "micro_batch_size": 0}
+
+
+def _problems(given: Mapping[str, Any]) -> Iterator[str]:
+    for key in given:
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(KEYS)}"
+            yield f"{key}: no such setting of a silo; {hint}"
+    if not isinstance(given.get("name"), str) or not SILO_NAME.fullmatch(given["name"]):
+        yield (
+            f"name={given.get('name')!r}: must be lower-case letters, digits, '-' and '_', at most "
+            "64, and start with a letter or digit"
+        )
+    if not isinstance(given.get("home", ""), str):
+        yield f"home={given['home']!r}: must be the path of a folder"
+    if not given.get("tokenizer") and not given.get("vocab_size"):
+        yield "vocab_size: missing; set it, or name an existing tokenizer"
+
+
+def _settings(name: str, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    defaults = _defaults()
+    settings = {dotted: given.get(key, defaults[key]) for key, dotted in _LOCAL.items()}
+    for key in _SOURCE:
+        if key in given:
+            settings[f"silos.{name}.{key}"] = given[key]
+    files = f"silos.{name}.files"
+    if isinstance(settings.get(files), str):
+        settings[files] = [settings[files]]
+    if isinstance(settings.get(files), list):
+        # An empty one would be the folder itself; what is no text is told with the other problems.
+        settings[files] = [
+            absolute(each, folder) if each and isinstance(each, str) else each
+            for each in settings[files]
+        ]
+    for key in (f"silos.{name}.tokenizer", f"silos.{name}.hub"):
+        if isinstance(settings.get(key), str):
+            settings[key] = path_if_there(settings[key], folder)
+    return settings

@@ -1,0 +1,50 @@
+"""Nobody waits without being told for what, on a terminal or off it."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from dept_fl import progress as progress_module
+from dept_fl.progress import Progress
+
+
+def test_a_stage_off_a_terminal_says_again_and_again_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module, "_LINE_EVERY_S", 0.02)
+    progress = Progress()
+    with progress.stage("reading"):
+        assert list(progress.watch(iter(["é" * 1000, "b"]))) == ["é" * 1000, "b"]
+        time.sleep(0.2)
+    first, *later = capsys.readouterr().err.splitlines()
+    assert first == "reading ..."
+    assert len(later) >= 2
+    assert later[-1].startswith("reading ... 2 documents, 0.0 MB, ")
+
+
+def test_a_stage_on_a_terminal_is_shown_in_place_and_gone_at_its_end() -> None:
+    progress = Progress()
+    screen = io.StringIO()
+    progress._console = Console(file=screen, force_terminal=True, width=60)
+    assert progress.during("training", lambda: time.sleep(0.3) or 7) == 7
+    assert "training ... 0 s" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[2K")  # the line is empty again
+
+
+def test_each_stage_counts_its_own() -> None:
+    progress = Progress()
+    with progress.stage("one"):
+        list(progress.watch(iter(["a"] * 1500)))
+    assert progress.line().startswith("one ... 1,500 documents, 0.0 MB, ")
+    with progress.stage("two"):
+        assert progress.line() == "two ... 0 s"
+
+
+def test_an_error_ends_a_stage() -> None:
+    progress = Progress()
+    with pytest.raises(ValueError, match="x"), progress.stage("one"):
+        raise ValueError("x")
