@@ -78,7 +78,7 @@ MOMENTS = {
 }
 _START_S = 60.0
 _STATUS_S = 5.0  # between two looks at the run's status, each of which costs seconds of CPU
-_MOMENT_LIMIT_S = 30.0  # then the kill comes all the same, at any time
+_MOMENT_LIMIT_S = 60.0  # then the kill comes all the same, at any time
 _VICTIM_S = 10.0  # that a kill waits for a process of its kind; then another kind will do
 _FAST_S, _SLOW_S = 0.004, 0.5  # a folder is in the writing for some milliseconds only
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from dept_fl.errors import ConfigError, DeptError
 
@@ -428,9 +428,18 @@ def _assign(config: DictConfig, key: str, value: Any) -> Iterator[str]:
             return
         if key.startswith("silos.") and (name := key.split(".")[1]) not in config.silos:
             config.silos[name] = _writable(OmegaConf.structured(SiloConfig))
+        if _is_nested(value) and not key.startswith("model.config"):
+            raise ValidationError  # which OmegaConf lets through in a list[str]
         OmegaConf.update(config, key, value, force_add=True)
     except (OmegaConfBaseException, RecursionError):
         yield f"{key}={value!r}: must be {_expected(key)}"
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether this is a list of anything but plain values."""
+    return isinstance(value, list) and any(
+        each is None or isinstance(each, list | Mapping) for each in value
+    )
 
 
 def _writable(config: Any) -> DictConfig:

@@ -21,6 +21,7 @@ from dept_fl.config import (
     with_settings,
 )
 from dept_fl.errors import ConfigError
+from dept_fl.variants import variant
 
 # Settings that a recipe has for its simulated silos and a partner has for its own, with the
 # recipe's defaults: the server's values of these are never looked at.
@@ -34,7 +35,7 @@ _LOCAL = {
     "micro_batch_size": "inner.micro_batch_size",
 }
 _SOURCE = [f.name for f in fields(SiloConfig)]
-KEYS = ["name", "home", *_SOURCE, *_LOCAL]
+KEYS = ["name", "home", *_SOURCE, *_LOCAL, "share_embeddings"]
 
 # What each key means, in the order in which `as_yaml` writes them.
 _WORDS = {
@@ -61,6 +62,7 @@ _WORDS = {
     "device": "auto, cpu or cuda",
     "micro_batch_size": "sequences in one pass; fewer take less memory, 0: a batch",
     "share_samples": "whether the server gets a text that the model writes",
+    "share_embeddings": "whether GLOB and TRIM may send its embeddings",
 }
 _WORDS_COLUMN = 34
 
@@ -73,12 +75,14 @@ class SiloFile:
         name: of the silo in the federation.
         home: where its tokenizer, text, tokens and state lie.
         settings: by the dotted names that a recipe gives them.
+        share_embeddings: consent to the variants in which embeddings travel.
     """
 
     path: Path
     name: str
     home: Path
     settings: Mapping[str, Any]
+    share_embeddings: bool = False
 
     def over(self, recipe: Recipe) -> Recipe:
         """The server's recipe as it holds for this silo.
@@ -97,6 +101,13 @@ class SiloFile:
         if not own.own_tokenizers and not own.silos[self.name].tokenizer:
             raise ConfigError(
                 [f"{self.path}: tokenizer: missing; the federation shares one, name its file here"]
+            )
+        if variant(own.variant).embeddings_travel and not self.share_embeddings:
+            raise ConfigError(
+                [
+                    f"{self.path}: share_embeddings: false, but variant={own.variant} sends this "
+                    "silo's embeddings to the server; set it to true where that is agreed"
+                ]
             )
         return own
 
@@ -153,6 +164,7 @@ def silo_file(file: Path, given: Mapping[str, Any]) -> SiloFile:
         name=name,
         home=home_dir(absolute(home, file.parent) if home else ""),
         settings=_settings(name, given, file.parent),
+        share_embeddings=given.get("share_embeddings", False),
     )
     found.alone()  # a file that can never do is refused before any server asks
     return found
@@ -188,7 +200,8 @@ def _json(value: Any) -> str:
 def _defaults() -> dict[str, Any]:
     recipe = asdict(Recipe())
     own = {key: recipe[key] for key in _LOCAL if key in recipe}
-    return {**asdict(SiloConfig()), **own, "share_samples": False, "micro_batch_size": 0}
+    shares = {"share_samples": False, "share_embeddings": False}
+    return {**asdict(SiloConfig()), **own, **shares, "micro_batch_size": 0}
 
 
 def _problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -204,6 +217,8 @@ def _problems(given: Mapping[str, Any]) -> Iterator[str]:
         )
     if not isinstance(given.get("home", ""), str):
         yield f"home={given['home']!r}: must be the path of a folder"
+    if not isinstance(given.get("share_embeddings", False), bool):
+        yield f"share_embeddings={given['share_embeddings']!r}: must be true or false"
     if not given.get("tokenizer") and not given.get("vocab_size"):
         yield "vocab_size: missing; set it, or name an existing tokenizer"
 

@@ -90,10 +90,12 @@ def _stays(made: NewSilo) -> dict[str, str]:
 def _travels(made: NewSilo) -> dict[str, str]:
     never = "text, tokenizer, pieces, token ids, embeddings"
     if made.silo.config.tokenizer:
+        never += ". In a federation that shares this tokenizer its fingerprint goes once"
+    if made.settings.get("share_embeddings"):
         never = (
-            "text, tokenizer, pieces. In a federation that shares this tokenizer: its "
-            "fingerprint goes once, in its variants GLOB and TRIM the embeddings each round, in "
-            "TRIM the ids that the text uses once"
+            "text, tokenizer, pieces. As share_embeddings allows, in a federation that shares this "
+            "tokenizer: its fingerprint goes once, in its variants GLOB and TRIM the embeddings "
+            "each round, in TRIM the ids that the text uses once"
         )
     return {
         "once": "the silo's name; how many documents, duplicates, bytes, tokens, pieces; "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # the rules of the variants are read where torch is not needed
+    import torch
 
-from dept_fl.checkpoint import Tensors
-from dept_fl.model import Layout
+    from dept_fl.checkpoint import Tensors
+    from dept_fl.model import Layout
 
 
 class Variant(Protocol):

@@ -347,6 +347,10 @@ BAD_OVERRIDES = [
     ("silos.ant.zzz=[x]", "silos.ant.zzz: no such setting of a silo; known: files, hub"),
     # of the wrong kind
     ("rounds=many", "rounds='many': must be a whole number"),
+    ("only=[[ant]]", "only=[['ant']]: must be a list, such as [a, b]"),
+    ("only=[null]", "only=[None]: must be a list, such as [a, b]"),
+    ("silos.ant.files=[[x.txt]]", "silos.ant.files=[['x.txt']]: must be a list, such as [a, b]"),
+    ("inner.betas=[[0.9],0.95]", "inner.betas=[[0.9], 0.95]: must be a list of numbers"),
     ("rounds=1.5", "rounds=1.5: must be a whole number"),
     ("rounds=true", "rounds=True: must be a whole number"),
     ("rounds=null", "rounds=None: must be a whole number"),

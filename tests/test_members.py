@@ -189,7 +189,8 @@ def country_sharing(tiny_file: Path, tmp_path: Path, shared: Path, home: Path) -
     (tmp_path / "mine.model").write_bytes(shared.read_bytes())
     for name in PIECES:
         text = tiny_file.parent / f"{name}.jsonl"
-        write_silo(tmp_path, name, text, tokenizer="mine.model", home=str(home / "sharing" / name))
+        where = {"tokenizer": "mine.model", "home": str(home / "sharing" / name)}
+        write_silo(tmp_path, name, text, share_embeddings=True, **where)
     return tmp_path
 
 
@@ -395,7 +396,8 @@ def test_a_newcomer_with_another_tokenizer_is_refused_by_name(
 ):  # fmt: skip
     made = with_shared_tokenizer(load_recipe(tiny_file, "tokenizer=shared vocab_size=310"), home)
     text = tiny_file.parent / "cat.jsonl"
-    write_silo(country_sharing, "cat", text, tokenizer=made.shared_tokenizer)
+    other = made.shared_tokenizer
+    write_silo(country_sharing, "cat", text, tokenizer=other, share_embeddings=True)
     visitor = Visitor(country_sharing / "cat.yaml")
     grid = visitor.watch(Village(files_of(country_sharing, "ant", "bee"), home, visitor))
     server = run(grid, f"{ALL_VARIANTS[variant]} shared_tokenizer={shared} min_silos=2")

@@ -235,7 +235,12 @@ def test_a_tokenizer_is_adopted_and_tried(folder: Path) -> None:
     (folder / "own.model").write_bytes(model)
     told = made("ant", "--data", "data/ant.jsonl", "--tokenizer", "own.model", "--folder", "f")
     assert "280 pieces; LOSSY: " in told  # it takes any white space for one space
+    assert "never text, tokenizer, pieces, token ids, embeddings." in " ".join(told.split())
+    assert "its fingerprint goes once" in " ".join(told.split())
+    adopt = ["--data", "data/ant.jsonl", "--tokenizer", "own.model", "--folder", "g"]
+    told = made("ant", *adopt, "--set", "share_embeddings=true")
     assert "in its variants GLOB and TRIM the embeddings" in " ".join(told.split())
+    assert "share_embeddings: true " in (folder / "g/ant.yaml").read_text()
     text = (folder / "f/ant.yaml").read_text()
     assert 'tokenizer: "../own.model"' in text
     assert "# vocab_size: 0 " in text

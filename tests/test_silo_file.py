@@ -43,6 +43,7 @@ GIVEN: dict[str, Any] = {
     "deduplicate": False,
     "device": "cpu",
     "share_samples": True,
+    "share_embeddings": True,
     "micro_batch_size": 2,
 }
 SOURCES = {"files", "hub", "packages"}
@@ -75,7 +76,10 @@ def test_every_key_is_tried_here() -> None:
     assert sorted(GIVEN) == sorted(KEYS)
 
 
-@pytest.mark.parametrize("key", sorted(set(KEYS) - {"name", "home", "micro_batch_size"}))
+ELSEWHERE = {"name", "home", "micro_batch_size", "share_embeddings"}  # have tests of their own
+
+
+@pytest.mark.parametrize("key", sorted(set(KEYS) - ELSEWHERE))
 def test_every_key_holds_over_any_recipe(tmp_path: Path, key: str) -> None:
     one_source = {"files": []} if key in SOURCES - {"files"} else {}
     file = load_silo_file(written(tmp_path, **one_source, **{key: GIVEN[key]}))
@@ -106,6 +110,19 @@ def test_samples_are_shared_only_where_the_file_says_so(tmp_path: Path) -> None:
         file = load_silo_file(written(tmp_path, **settings))
         assert file.over(asked).share_samples is False
     assert load_silo_file(written(tmp_path, share_samples=True)).over(RECIPE).share_samples is True
+
+
+@pytest.mark.parametrize("variant", ["glob", "trim"])
+def test_embeddings_are_shared_only_where_the_file_says_so(tmp_path: Path, variant: str) -> None:
+    asked = replace(RECIPE, variant=variant, tokenizer="shared")
+    refusal = f"share_embeddings: false, but variant={variant} sends this silo's embeddings"
+    for settings in ({}, {"share_embeddings": False}, {"share_embeddings": None}):
+        file = load_silo_file(written(tmp_path, tokenizer="org/name", **settings))
+        with pytest.raises(ConfigError, match=refusal):
+            file.over(asked)
+        assert file.over(replace(asked, variant="spec")).variant == "spec"
+    shares = load_silo_file(written(tmp_path, tokenizer="org/name", share_embeddings=True))
+    assert shares.over(asked).variant == variant
 
 
 def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +193,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "encoding": ({"encoding": "utf-9"}, "encoding='utf-9': no such text encoding"),
     "device": ({"device": "tpu"}, "device='tpu': must be one of auto, cpu, cuda"),
     "fraction": ({"validation_fraction": 2}, "validation_fraction=2.0: must be above 0"),
+    "consent": ({"share_embeddings": "yes"}, "share_embeddings='yes': must be true or false"),
     "samples": ({"share_samples": "some"}, "share_samples='some': must be true or false"),
     "micro": ({"micro_batch_size": -1}, "micro_batch_size=-1: must be at least 0"),
     "micro text": ({"micro_batch_size": "x"}, "micro_batch_size='x': must be a whole number"),
