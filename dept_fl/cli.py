@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,8 @@ from dept_fl.errors import DeptError
 from dept_fl.local import COMPLETED, end_superlink, simulate
 from dept_fl.progress import Progress
 from dept_fl.status import look, view, watch
+
+_RECIPE = "conf/demo.yaml"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="DEPT pre-training on Flower.")
 federation = typer.Typer(no_args_is_help=True, help="Open a federation to partners.")
@@ -45,7 +49,7 @@ def main() -> None:
 @app.command()
 @_mistakes_told()
 def run(
-    recipe: Annotated[str, typer.Argument(help="recipe file")] = "conf/demo.yaml",
+    recipe: Annotated[str, typer.Argument(help="recipe file")] = _RECIPE,
     overrides: Annotated[list[str] | None, typer.Argument(help="such as variant=trim")] = None,
     run_dir: Annotated[str, typer.Option(help="folder of the run; default: a new one")] = "",
     home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
@@ -69,7 +73,7 @@ def run(
         config = {
             "recipe": path,
             "overrides": words,
-            "home": str(home_dir(str(Path(home).expanduser().absolute()) if home else "")),
+            "home": str(_home(home)),
             "run-dir": str(Path(run_dir).expanduser().absolute()) if run_dir else "",
             "resume": resume,
         }
@@ -84,6 +88,10 @@ def run(
         raise typer.Exit(1)
 
 
+def _home(home: str) -> Path:
+    return home_dir(str(Path(home).expanduser().absolute()) if home else "")
+
+
 def _recipe_path(recipe: str) -> str:
     """Absolute if the file is here; else as given, to be looked up beside conf/."""
     path = Path(recipe).expanduser()
@@ -92,6 +100,117 @@ def _recipe_path(recipe: str) -> str:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt  # so that SIGTERM and a closed terminal end the SuperLink too
+
+
+@app.command()
+@_mistakes_told()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="recipe file")],
+    out: Annotated[Path, typer.Option(help="folder of the results; one with some is gone on with")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as rounds=8")] = None,
+    arms: Annotated[str, typer.Option(help="all, or names with commas between")] = "all",
+    seeds: Annotated[int, typer.Option(help="how many, from the recipe's on", min=1)] = 1,
+    equal: Annotated[
+        str, typer.Option(help="what all arms see as much of: tokens, bytes, both")
+    ] = "tokens",
+    parallel: Annotated[
+        int, typer.Option(help="jobs side by side", min=0, show_default="one a core, or GPU")
+    ] = 0,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Compare DEPT's variants with their baselines and controls, on the same text and model.
+
+    Example: dept compare conf/handbook.yaml --arms std-1,alone,spec-opt --seeds 3 --out results
+    """
+    made = load_recipe(_recipe_path(recipe), " ".join(map(shlex.quote, overrides or [])))
+    require_silos(made)
+    signal.signal(signal.SIGTERM, _interrupt)
+    progress = Progress()
+    with progress.stage("starting"):
+        from dept_fl.arms import chosen_arms
+        from dept_fl.compare import Comparison
+        from dept_fl.jobs import about, run_jobs
+        from dept_fl.standings import markdown, write
+
+    folder = out.expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = _home(home)
+    comparison = Comparison(made, chosen_arms(arms), seeds, folder, place, equal)
+    progress.during("making text, tokenizers and tokens ready", comparison.prepare)
+    try:
+        jobs = progress.during("planning", comparison.jobs)
+        results, failures = run_jobs(jobs, folder / "runs", place, parallel, _told)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(130) from None
+    facts = {"recipe": asdict(made), "arms": {arm.name: arm.words for arm in comparison.arms}}
+    if results:
+        rows = write(results, {**about(), **facts}, folder)
+        typer.echo(json.dumps([asdict(row) for row in rows]) if as_json else markdown(rows))
+        _told(f"tables and plots are in {folder}")
+    _tell_failures(failures, len(jobs))
+
+
+@app.command()
+@_mistakes_told()
+def adapt(
+    bodies: Annotated[
+        list[str], typer.Argument(help="folders of runs or of a comparison's jobs, or: random")
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the results; one with some is gone on with")],
+    start: Annotated[
+        str, typer.Option(help="of the embeddings: random, trained, copy, mix, matched, stitch")
+    ] = "random",
+    recipe: Annotated[
+        str, typer.Option(help="names the silos", show_default="the first run's")
+    ] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="such as only=[el] or shared_vocab_size=8000")
+    ] = None,
+    sampling: Annotated[str, typer.Option(help="of the silos: uniform, proportional")] = "uniform",
+    steps: Annotated[int, typer.Option(min=0, show_default="17 % of the run's")] = 0,
+    every: Annotated[
+        int, typer.Option(help="steps between evaluations", min=0, show_default="an eighth")
+    ] = 0,
+    seeds: Annotated[int, typer.Option(help="how many, from the recipe's on", min=1)] = 1,
+    own: Annotated[str, typer.Option(help="for stitch: a silo's `final` folder")] = "",
+    parallel: Annotated[
+        int, typer.Option(help="jobs side by side", min=0, show_default="one a core, or GPU")
+    ] = 0,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Pre-train on from a run's body, with other embeddings or on other text: one table.
+
+    Example: dept adapt results/runs/spec-opt-seed-1 random --set only=[es] --out adapted
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    progress = Progress()
+    with progress.stage("starting"):
+        from dept_fl import adapt as adapting
+        from dept_fl.jobs import about, run_jobs
+
+    folder = out.expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = _home(home)
+    paths = [b if b == adapting.RANDOM else str(Path(b).expanduser().absolute()) for b in bodies]
+    words = " ".join(map(shlex.quote, settings or []))
+    plan = adapting.Plan(paths, start.split(","), place, seeds, sampling, own)
+    made = plan.recipe(_recipe_path(recipe) if recipe else "", words, steps, every)
+    title = "making text, tokenizers and tokens ready"
+    jobs = progress.during(title, lambda: plan.jobs(made))
+    try:
+        results, failures = run_jobs(jobs, folder / "jobs", place, parallel, _told)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(130) from None
+    if results:
+        rows = adapting.write(results, about(), folder)
+        text = json.dumps([asdict(row) for row in rows]) if as_json else adapting.markdown(rows)
+        typer.echo(text)
+        _told(f"table and plot are in {folder}")
+    _tell_failures(failures, len(jobs))
 
 
 @app.command()
@@ -123,6 +242,116 @@ def status(
         watch(run_dir.expanduser(), console)
     else:
         console.print(view(look(run_dir.expanduser())))
+
+
+@app.command()
+@_mistakes_told()
+def cost(
+    recipe: Annotated[str, typer.Argument(help="recipe file", show_default=_RECIPE)] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as variant=trim")] = None,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SIZE of a silo's vocabulary, or shared=SIZE; repeatable"),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="the paper's own figures beside ours")
+    ] = False,
+    measured: Annotated[
+        Path | None, typer.Option(help="folder of a run: its measured bytes beside the formula's")
+    ] = None,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value")] = False,
+) -> None:
+    """Count parameters, memory and bytes sent of every method: for a recipe, the paper, a run.
+
+    Example: dept cost conf/demo.yaml model.preset=gpt2-125m --vocabulary python=50257
+    """
+    if (bool(recipe or vocabulary) + paper + (measured is not None)) > 1:
+        raise DeptError("give a recipe with --vocabulary, or --paper, or --measured: one of them")
+    with Progress().stage("counting"):  # PyTorch takes seconds, and so do the largest models
+        from dept_fl import cost_tables as tables
+
+        if paper:
+            made = tables.of_paper()
+        elif measured:
+            made = tables.of_run(measured.expanduser())
+        else:
+            words = " ".join(map(shlex.quote, overrides or []))
+            asked = load_recipe(_recipe_path(recipe or _RECIPE), words)
+            made = tables.of_recipe(asked, _home(home), _sizes(vocabulary or []))
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        Console(width=tables.WIDTH, highlight=False, markup=False).print(made.view)
+
+
+def _sizes(words: list[str]) -> dict[str, int]:
+    """NAME=SIZE, as numbers by name."""
+    sizes = {}
+    for word in words:
+        name, _, size = word.partition("=")
+        if not name or not size.isdecimal() or int(size) < 1:
+            raise DeptError(f"--vocabulary {word}: expected NAME=SIZE, such as fr=50257")
+        sizes[name] = int(size)
+    return sizes
+
+
+@app.command()
+@_mistakes_told()
+def finetune(
+    folder: Annotated[
+        Path, typer.Argument(help="a silo's SILO/state/EXPERIMENT/final, or a Hugging Face folder")
+    ],
+    task: Annotated[str, typer.Option(help="race, mnli, stsb or sst2")],
+    data: Annotated[
+        str, typer.Option(help="hub data set or folder of this form", show_default="the task's own")
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="how often, each with its own seed", min=1)] = 3,
+    learning_rate: Annotated[float, typer.Option(help="the highest, of AdamW")] = 2e-5,
+    epochs: Annotated[int, typer.Option(help="0 evaluates an untrained head", min=0)] = 3,
+    batch_size: Annotated[int, typer.Option(help="examples in one step", min=1)] = 32,
+    micro_batch_size: Annotated[
+        int, typer.Option(help="in one pass; fewer take less memory", min=0, show_default="all")
+    ] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(help="longer texts are cut", min=0, show_default="the model's")
+    ] = 0,
+    train_examples: Annotated[
+        int, typer.Option(help="a random part of them", min=0, show_default="all")
+    ] = 0,
+    control: Annotated[
+        str, typer.Option(help="random: fresh body under the embeddings; scratch: all fresh")
+    ] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="folder for the result as TASK.json")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Fine-tune a model on RACE, MNLI, STS-B or SST-2: accuracy, or Pearson's r for STS-B.
+
+    Example: dept finetune silos/prose/state/c91962f035dd/final --task sst2
+    """
+    progress = Progress()
+    with progress.stage("starting"):  # PyTorch takes seconds
+        from dept_fl import finetune as tuning
+
+    settings = tuning.Settings(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_tokens=max_tokens,
+        train_examples=train_examples,
+        control=control,
+        device=device,
+    )
+    result = tuning.finetune(folder.expanduser(), task, data, settings, seeds, progress)
+    if as_json:
+        typer.echo(result.to_json())
+    else:
+        console = Console(width=100, highlight=False, markup=False, emoji=False)
+        console.print(tuning.rendered(result))
+    if out:
+        typer.echo(f"result  {tuning.keep(result, out.expanduser())}", err=as_json)
 
 
 @federation.command("init")
@@ -270,6 +499,52 @@ def silo_check(
     if as_json:
         typer.echo(as_json_text(findings))
     if any(finding.state == "FAILED" for finding in findings.values()):
+        raise typer.Exit(1)
+
+
+@silo.command("split")
+@_mistakes_told()
+def silo_split(
+    files: Annotated[
+        list[str], typer.Argument(help="one corpus: .txt, .jsonl, .parquet, compressed too")
+    ],
+    silos: Annotated[int, typer.Option(help="how many to make of it")],
+    out: Annotated[Path, typer.Option(help="new folder for them and their recipe")] = Path("split"),
+    column: Annotated[str, typer.Option(help="that holds the text")] = "text",
+    labels: Annotated[
+        str, typer.Option(help="column that names a document's true source, to compare with")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="of the clustering", min=0)] = 1,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Make silos of a corpus whose sources nobody noted: cluster its documents.
+
+    Example: dept silo split corpus.jsonl --silos 8 --out parts && dept run parts/silos.yaml
+    """
+    progress = Progress()
+    with progress.stage("starting"):  # scikit-learn takes seconds
+        from dept_fl.clusters import Request, show, split_files
+
+    out = out.expanduser()
+    request = Request(files, out, silos, seed, column, labels, settings or [])
+    found = split_files(request, progress)
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        show(found)
+
+
+def _told(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _tell_failures(failures: list[str], jobs: int) -> None:
+    """Name the jobs that failed, and exit with 1 if any did."""
+    if failures:
+        _told("\n".join([f"error: {len(failures)} of {jobs} jobs failed:", *failures]))
         raise typer.Exit(1)
 
 

@@ -36,6 +36,7 @@ FREE_ON_RESUME = frozenset(
         "device",
         "share_samples",
         "sample_tokens",
+        "arms",
         "inner.micro_batch_size",
     }
 )
@@ -45,6 +46,7 @@ TOKENIZERS = ("own", "shared")
 INNER_STATES = ("keep", "reset")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+INNER_OPTIMIZERS = ("adamw", "muon")
 OUTER_OPTIMIZERS = ("average", "nesterov", "adam")
 MERGES = ("mean", "median", "trimmed-mean")
 SAMPLE_BY = ("auto", "document", "paragraph", "line")
@@ -57,7 +59,15 @@ class SiloConfig:
 
     Attributes:
         files: paths, folders or globs of .txt, .jsonl and .parquet, compressed or not.
+        validation_files: likewise, and then all of `files` is for training and these alone for
+            validation; empty: a part of `files` by a digest of each document.
         hub: name of a hub data set, streamed; with `hub_config` and `hub_split`.
+        hub_validation_split: the hub data set's own split for validation, in the same way.
+        hub_files: which files of the hub data set make a split, SPLIT=PATTERN, where it does not
+            tell itself: `validation=val.jsonl.zst`.
+        hub_where: conditions FIELD=VALUE that a row must meet, each on a field of the row, dotted
+            where it lies within another: `meta.pile_set_name=ArXiv`. What is no text is compared
+            as JSON writes it.
         packages: installed distributions whose files are read; `stdlib` is Python itself.
         include: file patterns within the packages; the standard library's paths start in it.
         exclude: file patterns to leave out of those.
@@ -66,16 +76,21 @@ class SiloConfig:
         column: the text column of JSONL, Parquet and hub data.
         sample_by: what one document of a .txt file is: the whole `document`, a `paragraph` or
             a `line`; `auto` takes whole files where there are many small ones, else paragraphs.
-        max_bytes: stop after this many bytes of documents; 0 takes all.
+        max_bytes: stop after this many bytes of documents; 0 takes all. Where validation has
+            files or a split of its own, these are bounded by `validation_max_bytes` alone.
         tokenizer: a SentencePiece file, a Hugging Face folder or name; empty: trained on the
             silo's text, or the recipe's shared one.
         vocab_size: pieces of a tokenizer that is trained; 0 takes the recipe's.
     """
 
     files: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
     hub: str = ""
     hub_config: str = ""
     hub_split: str = "train"
+    hub_validation_split: str = ""
+    hub_files: list[str] = field(default_factory=list)
+    hub_where: list[str] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)
     include: list[str] = field(default_factory=lambda: ["*.py"])
     exclude: list[str] = field(default_factory=list)
@@ -107,6 +122,11 @@ class InnerConfig:
     """A silo's own training: AdamW with warm-up and cosine over all rounds (paper, section 3).
 
     Attributes:
+        optimizer: `adamw` for all parameters, or `muon` (torch's own) for the body's matrices
+            and AdamW for the rest.
+        embedding_learning_rate: highest rate of the embeddings; null: `learning_rate`.
+        rewarm_steps: steps at the beginning of each round but the first over which the rate
+            comes up to its schedule.
         local_steps: N_local, optimiser steps of a silo in one round.
         batch_size: sequences in one step.
         micro_batch_size: sequences in one forward pass (gradient accumulation); 0 = batch_size.
@@ -119,7 +139,10 @@ class InnerConfig:
     local_steps: int = 24
     batch_size: int = 16
     micro_batch_size: int = 0
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
+    embedding_learning_rate: float | None = None
+    rewarm_steps: int = 0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     warmup_steps: int = 20
@@ -142,6 +165,7 @@ class OuterConfig:
         optimizer: `average` (SGD 1.0 without momentum: plain averaging, as in the paper),
             `nesterov` (DiLoCo's 0.7 and 0.9) or `adam`.
         learning_rate, momentum: null takes the optimiser's own default given above.
+        embedding_learning_rate: of the token embeddings in GLOB and TRIM; null: `learning_rate`.
         merge: how deltas become one: the `mean` (paper), or for federations that do not trust
             every silo, coordinate by coordinate, the `median` or the `trimmed-mean`.
         trim_fraction: share of the silos that the trimmed mean drops at either end.
@@ -154,6 +178,7 @@ class OuterConfig:
     trim_fraction: float = 0.2
     clip_delta: float = 4.0
     learning_rate: float | None = None
+    embedding_learning_rate: float | None = None
     momentum: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     epsilon: float = 1e-3
@@ -170,6 +195,7 @@ class Recipe:
         shared_tokenizer: a SentencePiece file, a Hugging Face folder or name. Empty: trained
             over the text of all silos, which only a simulation can do.
         vocab_size: pieces of a tokenizer that is trained here.
+        shared_vocab_size: the same of the shared one; 0 takes `vocab_size`.
         sequence_tokens: L, tokens in one training sequence.
         silos: the silos of a simulation by name. In a deployment every silo is described by a
             file of its own (`silo_file.py`) and this is not read.
@@ -189,6 +215,8 @@ class Recipe:
             median of the norms merged before.
         share_samples: whether silos send text that their model wrote to the server; null
             means yes in simulation; in a deployment the silo's file decides.
+        arms: what arms of a comparison (`dept compare`) have of their own, such as
+            ``["std-* inner.learning_rate=4e-3"]``; nothing else reads it.
     """
 
     name: str = "run"
@@ -197,6 +225,7 @@ class Recipe:
     tokenizer: str = "own"
     shared_tokenizer: str = ""
     vocab_size: int = 4096
+    shared_vocab_size: int = 0
     tokenizer_train_bytes: int = 4_000_000
     sequence_tokens: int = 128
     rounds: int = 10
@@ -219,6 +248,7 @@ class Recipe:
     device: str = "auto"
     share_samples: bool | None = None
     sample_tokens: int = 64
+    arms: list[str] = field(default_factory=list)
 
     @property
     def silo_names(self) -> list[str]:
@@ -259,9 +289,9 @@ def load_recipe(path: str | Path, overrides: str = "", folder: Path | None = Non
     """
     file = _find_recipe(_expanded(str(path)), folder or Path.cwd())
     problems: list[str] = []
-    assignments = list(_leaves(read_yaml(file, problems)))
-    assignments += _overrides(overrides, problems)
-    recipe = _build(assignments, problems)
+    settings = list(_leaves(read_yaml(file, problems)))
+    settings += _overrides(overrides, problems)
+    recipe = _build(settings, problems)
     model = _with_preset(recipe.model, file.parent, problems)
     if problems:
         raise ConfigError(problems)
@@ -300,6 +330,19 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     if problems:
         raise ConfigError(problems)
     return made
+
+
+def assignments(overrides: str) -> dict[str, Any]:
+    """Overrides such as ``"variant=trim rounds=4"`` as settings by dotted name.
+
+    Raises:
+        ConfigError: listing every word that is none.
+    """
+    problems: list[str] = []
+    found = dict(_overrides(overrides, problems))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def require_silos(recipe: Recipe) -> None:
@@ -396,10 +439,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield path, value
 
 
-def _build(assignments: list[tuple[str, Any]], problems: list[str]) -> Recipe:
+def _build(settings: list[tuple[str, Any]], problems: list[str]) -> Recipe:
     """The recipe, adding to `problems`; a setting that has one keeps its default."""
     config = _writable(OmegaConf.structured(Recipe))
-    for key, value in assignments:
+    for key, value in settings:
         for problem in _assign(config, key, value):
             if problem not in problems:
                 problems.append(problem)
@@ -581,6 +624,7 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("variant", recipe.variant, VARIANTS),
         ("tokenizer", recipe.tokenizer, TOKENIZERS),
         ("device", recipe.device, DEVICES),
+        ("inner.optimizer", recipe.inner.optimizer, INNER_OPTIMIZERS),
         ("inner.state", recipe.inner.state, INNER_STATES),
         ("inner.precision", recipe.inner.precision, PRECISIONS),
         ("outer.optimizer", recipe.outer.optimizer, OUTER_OPTIMIZERS),
@@ -605,6 +649,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("inner.batch_size", recipe.inner.batch_size, 1),
         ("inner.micro_batch_size", recipe.inner.micro_batch_size, 0),
         ("inner.warmup_steps", recipe.inner.warmup_steps, 0),
+        ("inner.rewarm_steps", recipe.inner.rewarm_steps, 0),
         ("inner.newcomer_steps", recipe.inner.newcomer_steps, 0),
     )
     for key, value, least in at_least:
@@ -615,10 +660,12 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("quorum", recipe.quorum, 1.0),
         ("validation_fraction", recipe.validation_fraction, 0.9),
         ("inner.learning_rate", recipe.inner.learning_rate, 10.0),
+        ("inner.embedding_learning_rate", recipe.inner.embedding_learning_rate, 10.0),
         ("inner.clip_norm", recipe.inner.clip_norm, 1e9),
         ("round_timeout_s", recipe.round_timeout_s, 1e7),
         ("largest_delta", recipe.largest_delta, 1e9),
         ("outer.learning_rate", recipe.outer.learning_rate, 10.0),
+        ("outer.embedding_learning_rate", recipe.outer.embedding_learning_rate, 100.0),
         ("outer.epsilon", recipe.outer.epsilon, 1.0),
     )
     for key, number, high in above_zero:
@@ -673,7 +720,9 @@ def source_problems(source: SiloConfig) -> Iterator[str]:
         yield f".content={source.content!r}: must be one of {', '.join(CONTENTS)}"
     if source.sample_by not in SAMPLE_BY:
         yield f".sample_by={source.sample_by!r}: must be one of {', '.join(SAMPLE_BY)}"
-    if "" in (*source.files, *source.packages):
+    yield from _misplaced(source)
+    yield from _hub_problems(source)
+    if "" in (*source.files, *source.validation_files, *source.packages):
         yield ": an empty path or package name; fill it in or remove it"
     if not _is_encoding(source.encoding):
         yield f".encoding={source.encoding!r}: no such text encoding; utf-8 is the usual one"
@@ -681,6 +730,32 @@ def source_problems(source: SiloConfig) -> Iterator[str]:
         yield f".max_bytes={source.max_bytes}: must be at least 0 (0 = all)"
     if source.vocab_size and source.vocab_size < LEAST_PIECES:
         yield f".vocab_size={source.vocab_size}: must be at least {LEAST_PIECES}, or 0"
+
+
+def _misplaced(source: SiloConfig) -> Iterator[str]:
+    for key, owner in (
+        ("validation_files", "files"),
+        ("hub_validation_split", "hub"),
+        ("hub_files", "hub"),
+        ("hub_where", "hub"),
+    ):
+        if getattr(source, key) and not getattr(source, owner):
+            yield f".{key}={getattr(source, key)!r}: only together with {owner}; remove it"
+
+
+def _hub_problems(source: SiloConfig) -> Iterator[str]:
+    for key, form, example in (
+        ("hub_files", "SPLIT=PATTERN", "validation=val.jsonl.zst"),
+        ("hub_where", "FIELD=VALUE", "meta.pile_set_name=ArXiv"),
+    ):
+        for pair in getattr(source, key):
+            if not all(pair.partition("=")):
+                yield f".{key}: {pair!r} is no {form}, such as {example}"
+    if source.hub_validation_split and source.hub_validation_split == source.hub_split:
+        yield (
+            f".hub_validation_split={source.hub_validation_split!r}: is hub_split too; name "
+            "another split, or none to keep a part of that one for validation"
+        )
 
 
 def _is_encoding(name: str) -> bool:
@@ -701,6 +776,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         name: replace(
             source,
             files=[absolute(f, folder) for f in source.files],
+            validation_files=[absolute(f, folder) for f in source.validation_files],
             tokenizer=path_if_there(source.tokenizer, folder),
         )
         for name, source in recipe.silos.items()

@@ -1,16 +1,73 @@
-"""What a silo holds and what travels (paper, Table 1), as counts."""
+"""What a method holds, needs in memory and sends (paper, Tables 1, 2 and 9), as counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+
+import torch
 
 from dept_fl.config import Recipe
-from dept_fl.model import Layout
-from dept_fl.silo import Registration
-from dept_fl.variants import variant
+from dept_fl.model import Blocks, Layout
+
+METHODS = ("std", "glob", "trim", "spec", "spec-opt")
 
 _NPY_HEADER_BYTES = 128
-_FP32_BYTES = 4
+_FP32_BYTES, _BF16_BYTES = 4, 2
+_LOGIT_COPIES = 3  # at the peak; tests/test_cost.py measures it
+
+
+# ---- parameters and traffic ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one model: theta, phi and psi; tied parameters count once."""
+
+    body: int
+    tokens: int
+    positions: int
+
+    @property
+    def total(self) -> int:
+        """M, if the vocabulary is the whole one."""
+        return self.body + self.tokens + self.positions
+
+
+def parameters(layout: Layout, vocabulary: int) -> Parameters:
+    """Of the model that has this layout and a vocabulary of this size."""
+    positions = layout.embedding_parameters(0)
+    tokens = layout.embedding_parameters(vocabulary) - positions
+    return Parameters(layout.body_parameters(), tokens, positions)
+
+
+def sends_embeddings(method: str) -> bool:
+    return not method.startswith("spec")
+
+
+def sent_parameters(method: str, held: Parameters) -> int:
+    """Of one exchange in one direction: a step's gradient in STD, else a round's delta."""
+    return held.total if sends_embeddings(method) else held.body
+
+
+def sent_a_step(method: str, held: Parameters, local_steps: int) -> float:
+    """Parameters in one direction by optimiser step (Table 1, communication per step)."""
+    sent = sent_parameters(method, held)
+    return float(sent) if method == "std" else sent / local_steps
+
+
+def round_bytes(method: str, layout: Layout, held: Parameters, local_steps: int) -> int:
+    """Bytes in one direction in N_local steps: fp32, and each array's header.
+
+    STD is data parallelism, in which a worker sends a bare gradient in every step.
+    """
+    payload = sent_parameters(method, held) * _FP32_BYTES
+    if method == "std":
+        return payload * local_steps
+    arrays = len(layout.body)
+    if sends_embeddings(method):
+        arrays += len(layout.tokens) + len(layout.positions)
+    return payload + arrays * _NPY_HEADER_BYTES
 
 
 @dataclass(frozen=True)
@@ -28,14 +85,103 @@ class Cost:
     up_bytes: int
 
 
-def cost(recipe: Recipe, layout: Layout, registration: Registration) -> Cost:
-    body = layout.body_parameters()
-    embeddings = layout.embedding_parameters(registration.vocabulary)
-    travels = variant(recipe.variant).embeddings_travel
-    arrays = len(layout.body) + (len(layout.tokens) + len(layout.positions) if travels else 0)
-    up = body + (embeddings if travels else 0)
+def cost(recipe: Recipe, layout: Layout, vocabulary: int) -> Cost:
+    """Of a silo of this recipe whose vocabulary has this size."""
+    held = parameters(layout, vocabulary)
     return Cost(
-        held_parameters=body + embeddings,
-        up_parameters=up,
-        up_bytes=up * _FP32_BYTES + arrays * _NPY_HEADER_BYTES,
+        held_parameters=held.total,
+        up_parameters=sent_parameters(recipe.label, held),
+        up_bytes=round_bytes(recipe.label, layout, held, recipe.inner.local_steps),
     )
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step needs, if all of it is there at once.
+
+    Attributes:
+        weights: fp32; with bf16 also the copy of each matrix that the backward pass reads.
+        gradients: fp32.
+        optimizer: two moments of each parameter (AdamW), or one (Muon's matrices), fp32.
+        activations: what the blocks keep for the backward pass of one micro-batch.
+        logits: of one micro-batch, fp32, three times: the log-softmax that the loss keeps, and
+            the gradients on its either side.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def memory(recipe: Recipe, layout: Layout, blocks: Blocks, vocabulary: int) -> Memory:
+    """Of training with a vocabulary of this size.
+
+    What came from the server, and the delta for it, lie in main memory besides.
+    """
+    held, bf16 = parameters(layout, vocabulary).total, trains_in_bf16(recipe)
+    sequences = min(recipe.inner.sequences_per_pass, recipe.inner.batch_size)
+    tokens = sequences * recipe.sequence_tokens
+    copies = _BF16_BYTES * _multiplied(layout, vocabulary) if bf16 else 0
+    return Memory(
+        weights=held * _FP32_BYTES + copies,
+        gradients=held * _FP32_BYTES,
+        optimizer=_moments(recipe.inner.optimizer, layout, held) * _FP32_BYTES,
+        activations=tokens * activation_bytes(layout, blocks, recipe.sequence_tokens, bf16),
+        logits=tokens * vocabulary * _FP32_BYTES * _LOGIT_COPIES,
+    )
+
+
+def _moments(optimizer: str, layout: Layout, held: int) -> int:
+    if optimizer != "muon":
+        return 2 * held
+    return 2 * held - sum(prod(shape) for shape in layout.body.values() if len(shape) == 2)
+
+
+def activation_bytes(layout: Layout, blocks: Blocks, sequence_tokens: int, bf16: bool) -> int:
+    """Bytes that the blocks keep of each token for the backward pass.
+
+    Every matrix keeps what it reads and what it writes. With GPT-2's matrices (d to 3d, d to d,
+    d to 4d, 4d to d) these are 16 d numbers a block: in 16 bits the 34 h bytes of Korthikanti
+    et al. 2022 (Reducing Activation Recomputation in Large Transformer Models, equation 1)
+    without the 2 h of dropout's masks. Their attention scores, here one number for each head
+    and position, come on top only where attention keeps them, and three more tensors of the
+    feed-forward layer where its GELU is written out. With bf16 the two sums of a block are
+    fp32, and of the scores there is a copy in either precision.
+
+    Meant for dense blocks without dropout; those of experts and of state spaces keep more.
+    """
+    matrices = _matrices(layout)
+    numbers = sum(sum(shape[-2:]) for shape in matrices)
+    if blocks.writes_out_gelu:
+        numbers += 3 * blocks.count * max(max(shape) for shape in matrices)
+    scores = blocks.count * blocks.heads * sequence_tokens if blocks.keeps_scores else 0
+    if not bf16:
+        return _FP32_BYTES * (numbers + scores)
+    sums = 2 * blocks.count * blocks.width
+    return _BF16_BYTES * (numbers - sums + scores) + _FP32_BYTES * (sums + scores)
+
+
+def trains_in_bf16(recipe: Recipe) -> bool:
+    """As the inner loop decides it, on a GPU where the recipe asks for one."""
+    if recipe.inner.precision != "auto":
+        return recipe.inner.precision == "bf16"
+    return recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
+
+
+def _multiplied(layout: Layout, vocabulary: int) -> int:
+    """Parameters of the matrices that tokens are multiplied with: the body's and the head."""
+    head = max(prod(rest) for rest in layout.tokens.values())
+    return sum(prod(shape) for shape in _matrices(layout)) + vocabulary * head
+
+
+def _matrices(layout: Layout) -> list[tuple[int, ...]]:
+    return [shape for shape in layout.body.values() if len(shape) >= 2]

@@ -17,7 +17,13 @@ import numpy.typing as npt
 from dept_fl.checkpoint import whole_folder
 from dept_fl.config import Recipe, SiloConfig
 from dept_fl.errors import DeptError
-from dept_fl.sources import documents, short_digest, source_key
+from dept_fl.sources import (
+    documents,
+    has_own_validation,
+    short_digest,
+    source_key,
+    validation_documents,
+)
 from dept_fl.tokenizer import Tokenizer, Vocabulary
 
 Watch = Callable[[Iterator[str]], Iterator[str]]  # passes on what it is given, and may count it
@@ -90,63 +96,139 @@ def load_corpus(
     """The silo's corpus from its cache, made at first use.
 
     The documents and their order alone decide the split, so that every variant, seed and
-    tokenizer is validated on the same text.
+    tokenizer is validated on the same text. Where the source names documents for validation,
+    all others are for training but those that are in validation too.
 
     Args:
         watch: sees the documents as they are read.
     """
-    folder = parent / source_key(source, recipe)
+    folder = corpus_folder(source, recipe, parent)
     if not folder.is_dir():
         with whole_folder(folder) as draft:
-            facts = _write_corpus(silo, watch(documents(silo, source)), recipe, draft)
+            facts = _write_corpus(silo, source, recipe, draft, watch)
             (draft / "corpus.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     return Corpus(folder=folder, **facts)
 
 
-def _write_corpus(silo: str, texts: Iterator[str], recipe: Recipe, folder: Path) -> dict[str, Any]:
-    known: set[bytes] = set()
-    digest = hashlib.sha256()
-    counts = dict.fromkeys(
-        ("train_documents", "train_bytes", "validation_documents", "validation_bytes"), 0
-    )
-    duplicates = 0
-    with (
-        (folder / "train.jsonl").open("w", encoding="utf-8") as train,
-        (folder / "validation.jsonl").open("w", encoding="utf-8") as validation,
-    ):
-        for text in texts:
-            key = short_digest(" ".join(text.split()))
-            if key in known:
-                duplicates += 1
-                continue
-            size = len(text.encode())
-            chosen = int.from_bytes(key) < recipe.validation_fraction * 2**64
-            fits = counts["validation_bytes"] + size <= recipe.validation_max_bytes
-            split = "validation" if chosen and fits else "train"
-            if recipe.deduplicate or chosen:  # a copy must never be on the other side
-                known.add(key)
-            line = json.dumps(text, ensure_ascii=False) + "\n"
-            (validation if split == "validation" else train).write(line)
-            digest.update(f"{split} {line}".encode())
-            counts[f"{split}_documents"] += 1
-            counts[f"{split}_bytes"] += size
-    _check_corpus(silo, counts, recipe)
-    return {**counts, "duplicates": duplicates, "digest": digest.hexdigest()}
+def corpus_folder(source: SiloConfig, recipe: Recipe, parent: Path) -> Path:
+    """Where the corpus of these documents, split this way, is kept once it is made."""
+    return parent / source_key(source, recipe)
 
 
-def _check_corpus(silo: str, counts: Mapping[str, int], recipe: Recipe) -> None:
+def _write_corpus(
+    silo: str, source: SiloConfig, recipe: Recipe, folder: Path, watch: Watch
+) -> dict[str, Any]:
+    with _CorpusWriter(folder, recipe.validation_max_bytes) as writer:
+        if has_own_validation(source):
+            validation = watch(validation_documents(silo, source))
+            _split_as_given(validation, watch(documents(silo, source)), recipe, writer)
+        else:
+            _split_by_digest(watch(documents(silo, source)), recipe, writer)
+    _check_corpus(silo, source, writer.counts, recipe)
+    return {**writer.counts, "duplicates": writer.duplicates, "digest": writer.digest()}
+
+
+def _split_by_digest(texts: Iterator[str], recipe: Recipe, writer: _CorpusWriter) -> None:
+    for text in texts:
+        key = _identity(text)
+        if writer.is_copy(key):
+            continue
+        chosen = int.from_bytes(key) < recipe.validation_fraction * 2**64
+        if recipe.deduplicate or chosen:  # a copy must never be on the other side
+            writer.remember(key)
+        writer.add("validation" if chosen and writer.fits(text) else "train", text)
+
+
+def _split_as_given(
+    validation: Iterator[str], train: Iterator[str], recipe: Recipe, writer: _CorpusWriter
+) -> None:
+    for text in validation:
+        key = _identity(text)
+        if not writer.is_copy(key) and writer.fits(text):
+            writer.remember(key)
+            writer.add("validation", text)
+    for text in train:
+        key = _identity(text)
+        if not writer.is_copy(key):  # of a training document, or of one kept for validation
+            if recipe.deduplicate:
+                writer.remember(key)
+            writer.add("train", text)
+
+
+def _identity(text: str) -> bytes:
+    return short_digest(" ".join(text.split()))
+
+
+class _CorpusWriter:
+    """Writes both splits, counts what is in them, and knows what to drop as a copy."""
+
+    def __init__(self, folder: Path, validation_max_bytes: int) -> None:
+        self._folder, self._validation_max_bytes = folder, validation_max_bytes
+        self._known: set[bytes] = set()
+        self._digest = hashlib.sha256()
+        self.duplicates = 0
+        self.counts = dict.fromkeys(
+            ("train_documents", "train_bytes", "validation_documents", "validation_bytes"), 0
+        )
+
+    def __enter__(self) -> _CorpusWriter:
+        self._train = (self._folder / "train.jsonl").open("w", encoding="utf-8")
+        self._validation = (self._folder / "validation.jsonl").open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._train.close()
+        self._validation.close()
+
+    def is_copy(self, key: bytes) -> bool:
+        """Whether this is a document to drop, which is then counted."""
+        self.duplicates += key in self._known
+        return key in self._known
+
+    def remember(self, key: bytes) -> None:
+        self._known.add(key)
+
+    def fits(self, text: str) -> bool:
+        """Whether the validation split has room for it."""
+        return self.counts["validation_bytes"] + len(text.encode()) <= self._validation_max_bytes
+
+    def add(self, split: str, text: str) -> None:
+        line = json.dumps(text, ensure_ascii=False) + "\n"
+        (self._validation if split == "validation" else self._train).write(line)
+        self._digest.update(f"{split} {line}".encode())
+        self.counts[f"{split}_documents"] += 1
+        self.counts[f"{split}_bytes"] += len(text.encode())
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _check_corpus(silo: str, source: SiloConfig, counts: Mapping[str, int], recipe: Recipe) -> None:
     total = counts["train_documents"] + counts["validation_documents"]
     if total == 0:
         raise DeptError(f"silo {silo}: no text in its data; check silos.{silo}")
-    for split in ("train", "validation"):
-        if not counts[f"{split}_documents"]:
-            raise DeptError(
-                f"silo {silo}: none of its {total} documents fell into the {split} split; give "
-                f"more or smaller documents (for .txt, silos.{silo}.sample_by=paragraph or line), "
-                f"or change validation_fraction={recipe.validation_fraction} or "
-                f"validation_max_bytes={recipe.validation_max_bytes}"
-            )
+    empty = [split for split in ("train", "validation") if not counts[f"{split}_documents"]]
+    if not empty:
+        return
+    if has_own_validation(source):
+        own = "validation_files" if source.validation_files else "hub_validation_split"
+        raise DeptError(f"silo {silo}: {_why_empty(empty[0], f'silos.{silo}.{own}', recipe)}")
+    raise DeptError(
+        f"silo {silo}: none of its {total} documents fell into the {empty[0]} split; give "
+        f"more or smaller documents (for .txt, silos.{silo}.sample_by=paragraph or line), "
+        f"or change validation_fraction={recipe.validation_fraction} or "
+        f"validation_max_bytes={recipe.validation_max_bytes}"
+    )
+
+
+def _why_empty(split: str, setting: str, recipe: Recipe) -> str:
+    if split == "train":
+        return f"each of its documents is in {setting} too, so that none is left for training"
+    return (
+        f"no document of {setting} is kept for validation: it has none, or none that fits "
+        f"validation_max_bytes={recipe.validation_max_bytes}; give smaller documents or raise that"
+    )
 
 
 # ---- the token stream ---------------------------------------------------------------------
@@ -199,8 +281,7 @@ def load_tokens(
         restrict: take V_k, the training split's own ids, instead of the whole vocabulary.
         watch: sees the training documents as they are tokenised.
     """
-    kind = "used" if restrict else "whole"
-    folder = parent / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}-{kind}"
+    folder = tokens_folder(corpus, tokenizer, restrict, parent)
     if not folder.is_dir():
         with whole_folder(folder) as draft:
             _write_tokens(silo, corpus, tokenizer, restrict, draft, watch)
@@ -216,6 +297,12 @@ def load_tokens(
         train_bytes=corpus.train_bytes,
         lossy_documents=int(np.load(folder / "lossy.npy", allow_pickle=False)),
     )
+
+
+def tokens_folder(corpus: Corpus, tokenizer: Tokenizer, restrict: bool, parent: Path) -> Path:
+    """Where the token stream of this text and tokenizer is kept once it is made."""
+    kind = "used" if restrict else "whole"
+    return parent / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}-{kind}"
 
 
 def _write_tokens(

@@ -1,5 +1,7 @@
 """The one kind of error that is the user's to mend; its text names the value and the mend."""
 
+from __future__ import annotations
+
 
 class DeptError(Exception):
     """Bad input: config, data, tokenizer, message or checkpoint."""
@@ -15,6 +17,9 @@ class ConfigError(DeptError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("\n".join(["bad configuration:", *(f"  - {p}" for p in problems)]))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        return type(self), (self.problems,)  # as it is, from one process to another
 
 
 class DamagedState(DeptError):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dept_fl.config import InnerConfig
 from dept_fl.data import TokenStream
+from dept_fl.errors import DeptError
 from dept_fl.tokenizer import Tokenizer
 from dept_fl.train import autocast, next_token_loss
 
@@ -53,6 +54,11 @@ def evaluate(
             for part in batch.split(inner.sequences_per_pass):
                 nats += float(next_token_loss(model, part.to(device), reduction="sum"))
         norm = _activation_norm(model, windows[0][: inner.sequences_per_pass].to(device))
+    if not math.isfinite(nats + norm):
+        raise DeptError(
+            f"the loss on validation text became {nats}: the model has diverged; lower "
+            f"inner.learning_rate={inner.learning_rate}"
+        )
     tokens = len(local) - 1
     unigram = stream.unigram_nats()
     return Evaluation(

@@ -59,6 +59,46 @@ class Layout:
         return _count(self.embeddings(vocabulary))
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What of a model, beside the shapes of its parameters, decides what training keeps in memory.
+
+    Attributes:
+        count: blocks of the body; width: d; heads: of attention in one block. 0 where the
+            model's config knows no such thing.
+        keeps_scores: attention is computed in steps that keep its [L, L] scores for the
+            backward pass; a fused kernel (SDPA) computes them again.
+        writes_out_gelu: GELU is written out in elementary operations, which keep three tensors as
+            wide as the feed-forward layer more than a fused one.
+    """
+
+    count: int
+    width: int
+    heads: int
+    keeps_scores: bool
+    writes_out_gelu: bool
+
+
+def blocks(model: ModelConfig, sequence_tokens: int) -> Blocks:
+    """Ask an empty model of this kind.
+
+    Raises:
+        ConfigError: transformers does not know the model.
+    """
+    config = _probe(model, _PROBE_VOCABULARY, sequence_tokens).config
+    count, width, heads = (
+        value if isinstance(value := getattr(config, key, 0), int) else 0
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    return Blocks(
+        count=count,
+        width=width,
+        heads=heads,
+        keeps_scores=config._attn_implementation == "eager",
+        writes_out_gelu=getattr(config, "activation_function", "") == "gelu_new",
+    )
+
+
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
@@ -80,6 +120,11 @@ def join(model: nn.Module, body: Mapping[str, torch.Tensor], embeddings: Tensors
 def parameters(model: nn.Module) -> Tensors:
     """The model's parameters, detached, sharing its memory."""
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def norm(tensors: Tensors) -> float:
+    """L2 norm over all of the tensors."""
+    return float(torch.stack([t.norm() for t in tensors.values()] or [torch.zeros(())]).norm())
 
 
 def layout(model: ModelConfig, sequence_tokens: int) -> Layout:

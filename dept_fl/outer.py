@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,9 @@ class OuterOptimizer:
             name: nn.Parameter(tensor.clone(), requires_grad=True)
             for name, tensor in parameters.items()
         }
-        self._optimizer = _torch_optimizer(config, list(self.parameters.values()))
+        rows = [p for name, p in self.parameters.items() if name in self._row_tensors]
+        others = [p for name, p in self.parameters.items() if name not in self._row_tensors]
+        self._optimizer = _torch_optimizer(config, others, rows)
 
     def step(self, mean: Tensors, unheld: torch.Tensor) -> None:
         """One step; token rows in `unheld` keep their value and their moments."""
@@ -57,22 +60,22 @@ class OuterOptimizer:
         load_optimizer_state(self._optimizer, self.parameters, state)
 
 
-def _torch_optimizer(config: OuterConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _torch_optimizer(
+    config: OuterConfig, others: list[nn.Parameter], rows: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    rate = config.learning_rate
+    if rate is None:
+        rate = {"adam": 1e-3, "nesterov": 0.7}.get(config.optimizer, 1.0)
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if rows:
+        groups.append({"params": rows, "lr": _or(config.embedding_learning_rate, rate)})
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters,
-            lr=_or(config.learning_rate, 1e-3),
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.epsilon,
-        )
+        betas = (config.betas[0], config.betas[1])
+        return torch.optim.Adam(groups, lr=rate, betas=betas, eps=config.epsilon)
     if config.optimizer == "nesterov":
-        return torch.optim.SGD(
-            parameters,
-            lr=_or(config.learning_rate, 0.7),
-            momentum=_or(config.momentum, 0.9),
-            nesterov=True,
-        )
-    return torch.optim.SGD(parameters, lr=_or(config.learning_rate, 1.0))
+        momentum = _or(config.momentum, 0.9)
+        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True)
+    return torch.optim.SGD(groups, lr=rate)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -229,7 +229,7 @@ def _in_options(problem: str, order: Order) -> str:
 
     problem = problem.replace(f"{order.file}: ", "")
     problem = re.sub(rf"\bsilos\.{re.escape(order.name)}\.(\w+)", option, problem)
-    problem = re.sub(r"\b(validation_\w+)=", r"--set \1=", problem)
+    problem = re.sub(r"(?<!--set )\b(validation_\w+)=", r"--set \1=", problem)
     return problem.replace(f"silos.{order.name}", "--data").replace("set --set", "give --set")
 
 

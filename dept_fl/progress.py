@@ -30,6 +30,7 @@ class Progress:
     def _begin(self, title: str) -> None:
         self._title, self._began = title, time.monotonic()
         self._documents = self._bytes = 0
+        self._done = self._steps = 0
 
     def during(self, title: str, work: Callable[[], T]) -> T:
         """Do the work, and show meanwhile that it is being done."""
@@ -44,6 +45,10 @@ class Progress:
         with self._in_place() if live else self._in_lines():
             yield
 
+    def at(self, done: int, steps: int) -> None:
+        """So many of the stage's steps are done."""
+        self._done, self._steps = done, steps
+
     def watch(self, texts: Iterator[str]) -> Iterator[str]:
         """Pass the texts on, and count them into the stage."""
         for text in texts:
@@ -54,6 +59,10 @@ class Progress:
     def line(self) -> str:
         """The stage as it stands now."""
         elapsed = time.monotonic() - self._began
+        if self._steps:
+            return (
+                f"{self._title} ... {self._done:,} of {self._steps:,} steps, {self._time(elapsed)}"
+            )
         if not self._documents:
             return f"{self._title} ... {duration(elapsed)}"
         rate = self._bytes / max(elapsed, 1e-3)
@@ -61,6 +70,12 @@ class Progress:
             f"{self._title} ... {self._documents:,} documents, {self._bytes / 1e6:,.1f} MB, "
             f"{rate / 1e6:,.1f} MB/s, {duration(elapsed)}"
         )
+
+    def _time(self, elapsed: float) -> str:
+        if not self._done:
+            return duration(elapsed)
+        left = elapsed / self._done * (self._steps - self._done)
+        return f"{duration(elapsed)}; left: about {duration(left)}"
 
     def _in_place(self) -> AbstractContextManager[object]:
         spinner = Spinner("dots")

@@ -11,7 +11,7 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,7 +49,11 @@ class TrainsRounds(Protocol):
     def train(self, task: Task) -> Update: ...
 
 
-def pretrain(server: Server, silos: Mapping[str, TrainsRounds]) -> None:
+def pretrain(
+    server: Server,
+    silos: Mapping[str, TrainsRounds],
+    behind_round: Callable[[], None] | None = None,
+) -> None:
     """Train all rounds that are left.
 
     for t = 1..T: a random subset of the silos trains N_local steps each; the outer optimiser
@@ -61,6 +65,8 @@ def pretrain(server: Server, silos: Mapping[str, TrainsRounds]) -> None:
             for name in merge.sampled:
                 server.add(merge, silos[name].train(server.task(name)))
             server.close_round(merge)
+        if behind_round:
+            behind_round()
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,17 @@ from dept_fl.data import (
     TokenStream,
     Watch,
     check_enough,
+    corpus_folder,
     load_corpus,
     load_tokens,
+    tokens_folder,
     unwatched,
 )
 from dept_fl.errors import DamagedState, DeptError
 from dept_fl.evaluate import Evaluation, bits_per_byte, evaluate, sample
-from dept_fl.model import Layout, build, initial_embeddings, join, layout, parameters, seed_of
+from dept_fl.model import Layout, build, initial_embeddings, join, layout, norm, parameters, seed_of
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
-from dept_fl.train import Training, pick_device, train
+from dept_fl.train import Schedule, Sequences, Training, pick_device, train
 from dept_fl.variants import variant
 
 
@@ -163,11 +165,27 @@ class Silo:
 
     @cached_property
     def stream(self) -> TokenStream:
-        restrict = self._variant.restricts_vocabulary and not self.recipe.own_tokenizers
         corpus, tokenizer, parent = self.corpus, self.tokenizer, self.folder / "tokens"
-        found = load_tokens(self.name, corpus, tokenizer, restrict, parent, self._watch)
+        found = load_tokens(self.name, corpus, tokenizer, self._restricts, parent, self._watch)
         check_enough(self.name, found, self.recipe)
         return found
+
+    @property
+    def _restricts(self) -> bool:
+        return self._variant.restricts_vocabulary and not self.recipe.own_tokenizers
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its documents lie in the home already."""
+        return corpus_folder(self.config, self.recipe, self.folder / "text").is_dir()
+
+    @property
+    def is_tokenised(self) -> bool:
+        """With a shared tokenizer, whether its token stream lies there too."""
+        if not self.is_read:
+            return False
+        parent = self.folder / "tokens"
+        return tokens_folder(self.corpus, self.tokenizer, self._restricts, parent).is_dir()
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -241,10 +259,10 @@ class Silo:
             "settle_s": settle_s,
             "evaluate_s": evaluate_s,
             "save_s": save_s,
-            "body_norm": _norm(task.body),
-            "embedding_norm": _norm(embeddings),
-            "body_delta_norm": _norm(body_delta),
-            "embedding_delta_norm": _norm(delta),
+            "body_norm": norm(task.body),
+            "embedding_norm": norm(embeddings),
+            "body_delta_norm": norm(body_delta),
+            "embedding_delta_norm": norm(delta),
         }
         sent = self._variant.sent(delta)
         return Update(self.name, task.round, body_delta, sent, metrics, state.warning)
@@ -270,6 +288,10 @@ class Silo:
     def final_folder(self) -> Path:
         """Where `finish` keeps the final body, the silo's embeddings and the sample."""
         return self._states / "final"
+
+    def drop_rounds(self) -> None:
+        """Drop the state of all rounds, without which training cannot go on; `final` stays."""
+        drop_rounds_before(self._states, self.recipe.rounds + 1)
 
     # ---- the steps of a round -------------------------------------------------------------
 
@@ -368,16 +390,24 @@ class Silo:
     def _train_steps(
         self, model: PreTrainedModel, inner: InnerConfig, first: int, total: int, state: _State
     ) -> Training:
-        recipe = self.recipe
-        seed = seed_of(recipe.seed, "batches", self.name)
-        batches = Batches(self.stream, recipe.sequence_tokens, seed)
+        batches = self._batches(seed := self.batch_seed)
         cuda = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):  # dropout, where a model has it
             torch.manual_seed(seed_of(seed, first))
             try:
-                return train(model, batches, inner, first, total, state.position, state.moments)
+                schedule = Schedule(first, total)
+                position, moments = state.position, state.moments
+                own = (*self.layout.tokens, *self.layout.positions)
+                return train(model, batches, inner, schedule, position, moments, own)
             except DeptError as error:
                 raise DeptError(f"silo {self.name}: {error}") from error
+
+    @property
+    def batch_seed(self) -> int:
+        return seed_of(self.recipe.seed, "batches", self.name)
+
+    def _batches(self, seed: int) -> Sequences:
+        return Batches(self.stream, self.recipe.sequence_tokens, seed)
 
     def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
         tensors: Tensors = {}
@@ -398,9 +428,22 @@ class Silo:
         steps = replace(recipe.inner, local_steps=1)
         seconds = 0.0
         for _ in range(2):  # the first one pays for warming up
-            once = train(_on(model, self._device), batches, steps, 0, recipe.total_steps, 0, {})
+            schedule = Schedule(0, recipe.total_steps)
+            once = train(_on(model, self._device), batches, steps, schedule, 0, {})
             seconds = once.seconds
         return seconds
+
+
+def has_shared_tokenizer(recipe: Recipe, home: Path) -> bool:
+    """Whether `with_shared_tokenizer` finds its tokenizer there, and neither reads nor trains."""
+    if recipe.own_tokenizers or recipe.shared_tokenizer:
+        return True
+    silos = [Silo(name, recipe, home, "") for name in recipe.silo_names]
+    if not all(silo.is_read for silo in silos):
+        return False
+    pieces = recipe.shared_vocab_size or recipe.vocab_size
+    key = _tokenizer_key([silo.corpus for silo in silos], pieces, recipe)
+    return _tokenizer_file("shared", key, home).is_file()
 
 
 def with_shared_tokenizer(recipe: Recipe, home: Path) -> Recipe:
@@ -413,8 +456,9 @@ def with_shared_tokenizer(recipe: Recipe, home: Path) -> Recipe:
     corpora = [Silo(name, recipe, home, "").corpus for name in recipe.silo_names]
     share = recipe.tokenizer_train_bytes // len(corpora)
     texts = chain.from_iterable(corpus.training_sample(share) for corpus in corpora)
-    key = _tokenizer_key(corpora, recipe.vocab_size, recipe)
-    _trained_tokenizer("shared", texts, key, recipe.vocab_size, home)
+    pieces = recipe.shared_vocab_size or recipe.vocab_size
+    key = _tokenizer_key(corpora, pieces, recipe)
+    _trained_tokenizer("shared", texts, key, pieces, home)
     return replace(recipe, shared_tokenizer=str(_tokenizer_file("shared", key, home)))
 
 
@@ -441,11 +485,6 @@ def _trained_tokenizer(
 def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     cast(nn.Module, model).to(device)  # in place; transformers' own signature is too narrow
     return model
-
-
-def _norm(tensors: Tensors) -> float:
-    """L2 norm over all of the tensors."""
-    return float(torch.stack([t.norm() for t in tensors.values()] or [torch.zeros(())]).norm())
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -42,9 +42,13 @@ _WORDS = {
     "name": "under which the federation knows this silo",
     "home": "where its cleaned text, tokenizer, embeddings and state lie",
     "files": "files, folders, patterns: .txt, .jsonl, .parquet, compressed too",
+    "validation_files": "those for validation; none: a part of files",
     "hub": "a hub data set, streamed, instead of files",
     "hub_config": "of the hub data set",
     "hub_split": "of the hub data set",
+    "hub_validation_split": "of the hub data set; none: a part of hub_split",
+    "hub_files": "which of its files make a split, [SPLIT=PATTERN, ...]",
+    "hub_where": "take rows with these fields alone, [FIELD=VALUE, ...]",
     "packages": "for trials: installed packages, whose files are its text",
     "include": "patterns of the files in the packages",
     "exclude": "patterns of files to leave out",
@@ -229,15 +233,15 @@ def _settings(name: str, given: Mapping[str, Any], folder: Path) -> dict[str, An
     for key in _SOURCE:
         if key in given:
             settings[f"silos.{name}.{key}"] = given[key]
-    files = f"silos.{name}.files"
-    if isinstance(settings.get(files), str):
-        settings[files] = [settings[files]]
-    if isinstance(settings.get(files), list):
-        # An empty one would be the folder itself; what is no text is told with the other problems.
-        settings[files] = [
-            absolute(each, folder) if each and isinstance(each, str) else each
-            for each in settings[files]
-        ]
+    for files in (f"silos.{name}.files", f"silos.{name}.validation_files"):
+        if isinstance(settings.get(files), str):
+            settings[files] = [settings[files]]
+        if isinstance(settings.get(files), list):
+            # An empty one would be the folder itself; what is no text is told with the others.
+            settings[files] = [
+                absolute(each, folder) if each and isinstance(each, str) else each
+                for each in settings[files]
+            ]
     for key in (f"silos.{name}.tokenizer", f"silos.{name}.hub"):
         if isinstance(settings.get(key), str):
             settings[key] = path_if_there(settings[key], folder)

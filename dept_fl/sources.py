@@ -20,9 +20,9 @@ import shutil
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -57,14 +57,72 @@ def documents(silo: str, source: SiloConfig) -> Iterator[str]:
     """
     readers = {"files": _from_files, "hub": _from_hub, "packages": _from_packages}
     kind = next(key for key in readers if getattr(source, key))
+    found = ((place, text, "") for place, text in readers[kind](silo, source))
+    yield from (text for text, _ in _taken(silo, source, found))
+
+
+def labelled_documents(silo: str, source: SiloConfig, labels: str) -> Iterator[tuple[str, str]]:
+    """The documents of JSON and Parquet files, each with what its row has in column `labels`.
+
+    Raises:
+        DeptError: as `documents`; or the data has no such column, or a row nothing in it.
+    """
+    yield from _taken(silo, source, _with_labels(silo, source, labels))
+
+
+def _with_labels(silo: str, source: SiloConfig, labels: str) -> Iterator[tuple[str, str, str]]:
+    for place, row in _rows(silo, source, [source.column, labels]):
+        for _, text in _in_column(silo, source, place, _with_column(silo, place, row, labels)):
+            if row[labels] is None:
+                raise DeptError(f"silo {silo}: {place}: null in column {labels!r}; mend the data")
+            yield place, text, str(row[labels])
+
+
+def _with_column(silo: str, place: str, row: Any, column: str) -> Any:
+    """The row, which has such a column if it has columns at all."""
+    if isinstance(row, Mapping) and column not in row:
+        columns = ", ".join(map(str, row))
+        raise DeptError(f"silo {silo}: {place}: no column {column!r}; columns: {columns}")
+    return row
+
+
+def _taken(
+    silo: str, source: SiloConfig, found: Iterable[tuple[str, str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Of places, texts and labels the texts that are not empty, up to the source's max_bytes."""
     taken_bytes = 0
-    for place, text in readers[kind](silo, source):
+    for place, text, label in found:
         if not text.strip():
             continue
         taken_bytes += _utf8_bytes(silo, place, text)
-        yield text
+        yield text, label
         if source.max_bytes and taken_bytes >= source.max_bytes:
             return
+
+
+def has_own_validation(source: SiloConfig) -> bool:
+    """Whether the source names documents for validation, so that none is taken from the rest."""
+    return bool(source.validation_files or source.hub_validation_split)
+
+
+def validation_documents(silo: str, source: SiloConfig) -> Iterator[str]:
+    """The documents of a source's own files or split for validation, read as the others are.
+
+    Raises:
+        DeptError: as `documents`.
+    """
+    own = replace(
+        source,
+        files=source.validation_files,
+        sample_by=_sample_by(source, [f for f in _expand(source.files) if _format(f) == "text"]),
+        hub_split=source.hub_validation_split,
+        max_bytes=0,
+    )
+    try:
+        yield from documents(silo, own)
+    except DeptError as error:
+        words = str(error).replace(f"silos.{silo}.files", f"silos.{silo}.validation_files")
+        raise DeptError(words.replace("hub_split", "hub_validation_split")) from error
 
 
 def _utf8_bytes(silo: str, place: str, text: str) -> int:
@@ -89,6 +147,22 @@ def text_columns(silo: str, source: SiloConfig) -> dict[str, bool]:
     rows = [row for row in found if isinstance(row, Mapping)]
     names = dict.fromkeys(str(name) for row in rows for name in row)
     return {name: _is_text([row.get(name) for row in rows]) for name in names}
+
+
+def _rows(silo: str, source: SiloConfig, columns: list[str]) -> Iterator[tuple[str, Any]]:
+    """Rows of JSON and Parquet files with their places; of Parquet only these columns."""
+    for file in _supported(silo, source):
+        with _named(silo, source, file):
+            if _format(file) == "text":
+                raise DeptError(
+                    f"silo {silo}: {file}: has no columns, so that none can tell a document's "
+                    "source; give .jsonl or .parquet"
+                )
+            if _format(file) == "parquet":
+                yield from _parquet_rows(file, columns)
+            else:
+                with _text_stream(silo, source, file) as stream:
+                    yield from _json_rows(silo, file, stream)
 
 
 def _head(silo: str, source: SiloConfig) -> Iterator[Any]:
@@ -117,12 +191,19 @@ def source_key(source: SiloConfig, recipe: Recipe) -> str:
     own = asdict(source)
     for setting in ("tokenizer", "vocab_size"):
         del own[setting]
+    for setting in ("validation_files", "hub_validation_split", "hub_files", "hub_where"):
+        if not own[setting]:
+            del own[setting]  # so that text cached before there was this setting keeps its key
     facts: dict[str, Any] = {
         **own,
         "split": [recipe.validation_fraction, recipe.validation_max_bytes, recipe.deduplicate],
         "files": [
             (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-            for path in [*_expand(source.files), *_below(source.hub)]
+            for path in [
+                *_expand(source.files),
+                *_expand(source.validation_files),
+                *_below(source.hub),
+            ]
         ],
         "versions": [_version(name) for name in source.packages],
     }
@@ -307,19 +388,24 @@ def _parsed(silo: str, place: str, text: str) -> Any:
 
 
 def _parquet(silo: str, source: SiloConfig, file: Path) -> Iterator[Found]:
+    for place, row in _parquet_rows(file, [source.column]):
+        yield from _in_column(silo, source, place, row)
+
+
+def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+    """Rows of these columns; where one is missing, first a row that names all there are."""
     from pyarrow import parquet
 
     with _seekable(file) as stream:
         table = parquet.ParquetFile(stream, buffer_size=1 << 20)
         names = dict.fromkeys(table.schema_arrow.names)
-        if source.column not in names:
-            yield from _in_column(silo, source, str(file), names)
+        if not names.keys() >= set(columns):
+            yield str(file), names
         number = 0
-        for batch in table.iter_batches(batch_size=1000, columns=[source.column]):
-            for value in batch.column(source.column).to_pylist():
+        for batch in table.iter_batches(batch_size=1000, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
-                row = {source.column: value}
-                yield from _in_column(silo, source, f"{file}, row {number}", row)
+                yield f"{file}, row {number}", row
 
 
 def _parquet_head(file: Path) -> Iterator[Any]:
@@ -366,16 +452,39 @@ def _in_column(silo: str, source: SiloConfig, place: str, row: Any) -> Iterator[
 
 
 def _from_hub(silo: str, source: SiloConfig) -> Iterator[Found]:
+    conditions = [each.partition("=") for each in source.hub_where]
     for place, row in _hub_rows(silo, source):
-        yield from _in_column(silo, source, place, row)
+        if all(_field(silo, place, row, name) == value for name, _, value in conditions):
+            yield from _in_column(silo, source, place, row)
+
+
+def _field(silo: str, place: str, row: Any, dotted: str) -> str:
+    """A field of a row, or of a row within it: its text, else as JSON writes it."""
+    found = row
+    for name in dotted.split("."):
+        if found is None:
+            break
+        if not isinstance(found, Mapping) or name not in found:
+            there = ", ".join(map(str, found)) if isinstance(found, Mapping) else repr(found)
+            raise DeptError(
+                f"silo {silo}: {place}: no field {dotted!r}; where {name!r} should be: {there}; "
+                f"set silos.{silo}.hub_where"
+            )
+        found = found[name]
+    return found if isinstance(found, str) else json.dumps(found, default=str)
 
 
 def _hub_rows(silo: str, source: SiloConfig) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
+    _have_zst_read()
     try:
         stream = load_dataset(
-            source.hub, source.hub_config or None, split=source.hub_split, streaming=True
+            source.hub,
+            source.hub_config or None,
+            data_files=_hub_files(source),
+            split=source.hub_split,
+            streaming=True,
         )
         for number, row in enumerate(stream, start=1):
             yield f"{source.hub}, row {number}", row
@@ -385,6 +494,29 @@ def _hub_rows(silo: str, source: SiloConfig) -> Iterator[tuple[str, Any]]:
             f"{source.hub_split!r}) cannot be read: {_first_line(error)}; check "
             f"silos.{silo}.hub, hub_config and hub_split"
         ) from error
+
+
+def _hub_files(source: SiloConfig) -> dict[str, list[str]] | None:
+    """Patterns by split; None leaves it to the data set."""
+    patterns: dict[str, list[str]] = {}
+    for split, _, pattern in (each.partition("=") for each in source.hub_files):
+        patterns.setdefault(split, []).append(pattern)
+    return patterns or None
+
+
+def _have_zst_read() -> None:
+    """Let data sets on the hub be .zst, which `datasets` reads only with a package of its own."""
+    import pyarrow
+    from fsspec.compression import (  # type: ignore[import-untyped]
+        compr,
+        register_compression,
+    )
+
+    def unpacked(stream: Any, **_: Any) -> Any:
+        return pyarrow.CompressedInputStream(stream, "zstd")
+
+    if "zstd" not in compr:
+        register_compression("zstd", unpacked, "zst")
 
 
 def _from_packages(silo: str, source: SiloConfig) -> Iterator[Found]:

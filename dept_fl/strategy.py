@@ -260,7 +260,7 @@ class DeptStrategy(Strategy):
         """Print the resolved plan and write it to metrics.jsonl."""
         recipe, server = self._recipe, self._server
         registrations = [server.registrations[name] for name in self._members.present]
-        costs = {r.silo: cost(recipe, server.layout, r) for r in registrations}
+        costs = {r.silo: cost(recipe, server.layout, r.vocabulary) for r in registrations}
         seconds = self._estimate(registrations)
         names = server.silo_names
         sampled = min(recipe.silos_per_round or len(names), len(names))

@@ -110,7 +110,7 @@ class HuggingFaceTokenizer:
         self.end_id: int = end
         vocabulary = self._tokenizer.get_vocab()
         self.size: int = max(vocabulary.values()) + 1
-        self._byte_level = set(_byte_level_alphabet()) <= vocabulary.keys()
+        self._byte_level = set(byte_level_alphabet()) <= vocabulary.keys()
         self.fingerprint = hashlib.sha256(f"{end} {backend.to_str()}".encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -125,7 +125,7 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.decode(listed, clean_up_tokenization_spaces=False))
 
     def pieces(self) -> list[str]:
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
         known = set(alphabet)
         names = [""] * self.size
         for piece, index in self._tokenizer.get_vocab().items():
@@ -319,7 +319,7 @@ def byte_ids(tokenizer: Tokenizer, owner: str) -> Ids:
     index: dict[str, int] = {}
     for i, piece in enumerate(tokenizer.pieces()):
         index.setdefault(piece, i)
-    for names in ([f"<0x{byte:02X}>" for byte in range(256)], _byte_level_alphabet()):
+    for names in ([f"<0x{byte:02X}>" for byte in range(256)], byte_level_alphabet()):
         if all(name in index for name in names):
             return [index[name] for name in names]
     raise DeptError(
@@ -328,7 +328,7 @@ def byte_ids(tokenizer: Tokenizer, owner: str) -> Ids:
     )
 
 
-def _byte_level_alphabet() -> list[str]:
+def byte_level_alphabet() -> list[str]:
     """The printable stand-in of each byte in byte-level BPE (GPT-2): shifted where unprintable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = iter(range(256, 512))

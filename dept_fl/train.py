@@ -1,19 +1,22 @@
-"""The inner loop: N_local AdamW steps of one silo on its own text."""
+"""The inner loop: N_local optimiser steps of one silo on its own text."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import InnerConfig
-from dept_fl.data import Batches
 from dept_fl.errors import DeptError
 from dept_fl.outer import load_optimizer_state, optimizer_state
 
@@ -36,54 +39,108 @@ class Training:
     optimizer: Tensors
 
 
+class Sequences(Protocol):
+    """Training sequences by position, such as `data.Batches`."""
+
+    def at(self, position: int, count: int) -> npt.NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which optimiser steps these are.
+
+    Attributes:
+        first: steps done before, (t - 1) * N_local.
+        total: T * N_local, over which warm-up and cosine run (paper, section 3).
+        forget_every: embeddings have a warm-up and cosine of their own over so many steps, since
+            they are drawn anew as often (active forgetting); 0: they follow the body's.
+    """
+
+    first: int
+    total: int
+    forget_every: int = 0
+
+    def body_rate(self, inner: InnerConfig, step: int) -> float:
+        return learning_rate(inner, step, self.total) * self._rewarmed(inner, step)
+
+    def embedding_rate(self, inner: InnerConfig, step: int) -> float:
+        highest = inner.learning_rate
+        if inner.embedding_learning_rate is not None:
+            highest = inner.embedding_learning_rate
+        own = replace(inner, learning_rate=highest)
+        if not self.forget_every:
+            return learning_rate(own, step, self.total) * self._rewarmed(inner, step)
+        own = replace(own, warmup_steps=min(inner.warmup_steps, self.forget_every // 10))
+        return learning_rate(own, step % self.forget_every, self.forget_every)
+
+    def _rewarmed(self, inner: InnerConfig, step: int) -> float:
+        """The share of the rate that a round's first steps take."""
+        if self.first == 0:
+            return 1.0
+        return min(1.0, (step - self.first + 1) / (inner.rewarm_steps + 1))
+
+
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: Sequences,
     inner: InnerConfig,
-    first_step: int,
-    total_steps: int,
+    schedule: Schedule,
     position: int,
     moments: Tensors,
+    embeddings: Collection[str] = (),
 ) -> Training:
     """Train `model` in place for N_local steps.
 
     Args:
-        first_step: (t-1) * N_local; the schedule runs over `total_steps` (paper, section 3).
-        position: sequences that the silo has taken from its stream so far.
+        position: sequences that were taken from the stream so far.
         moments: the optimiser's state of the silo's last round; empty to begin afresh.
+        embeddings: names of the parameters that are no part of the body.
 
     Raises:
         DeptError: the loss is not finite.
     """
     device = next(model.parameters()).device
     precision = autocast(inner.precision, device)
-    optimizer = _adamw(model, inner)
-    load_optimizer_state(optimizer, dict(model.named_parameters()), moments)
+    named = dict(model.named_parameters())
+    optimizers = _optimizers(named, inner, embeddings)
+    for optimizer in optimizers:
+        load_optimizer_state(optimizer, named, _of_optimizer(optimizer, named, moments))
     losses, norms = [], []
     began = time.perf_counter()
     model.train()
-    for step in range(first_step, first_step + inner.local_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(inner, step, total_steps)
+    for step in range(schedule.first, schedule.first + inner.local_steps):
+        rates = {
+            "body": schedule.body_rate(inner, step),
+            "embeddings": schedule.embedding_rate(inner, step),
+        }
         sequences = torch.from_numpy(batches.at(position, inner.batch_size)).to(device)
         position += inner.batch_size
         losses.append(_accumulate(model, sequences, inner.sequences_per_pass, precision))
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[group["part"]]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     loss = torch.stack(losses).double().cpu()
     if not bool(torch.isfinite(loss).all()):
         raise DeptError(
             f"the training loss became {float(loss[~torch.isfinite(loss)][0])} in steps "
-            f"{first_step}..{step}; lower inner.learning_rate={inner.learning_rate}"
+            f"{schedule.first}..{step}; lower inner.learning_rate={inner.learning_rate}"
+        )
+    gradient_norm = float(torch.stack(norms).mean())
+    if not math.isfinite(gradient_norm):
+        raise DeptError(
+            f"the norm of gradients became {gradient_norm} in steps {schedule.first}..{step}; "
+            f"lower inner.learning_rate={inner.learning_rate}"
         )
     return Training(
         loss=float(loss.mean()),
         last_loss=float(loss[-1]),
-        gradient_norm=float(torch.stack(norms).mean()),
+        gradient_norm=gradient_norm,
         tokens=inner.local_steps * inner.batch_size * (sequences.shape[1] - 1),
         seconds=time.perf_counter() - began,
-        optimizer=optimizer_state(optimizer, dict(model.named_parameters())),
+        optimizer={k: v for each in optimizers for k, v in optimizer_state(each, named).items()},
     )
 
 
@@ -122,15 +179,46 @@ def learning_rate(inner: InnerConfig, step: int, total_steps: int) -> float:
     return inner.learning_rate * (floor + (1.0 - floor) * cosine)
 
 
-def _adamw(model: nn.Module, inner: InnerConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # norms and biases do not decay
-    groups = [
-        {"params": matrices, "weight_decay": inner.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def _optimizers(
+    named: Mapping[str, nn.Parameter], inner: InnerConfig, embeddings: Collection[str]
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all; with optimizer=muon the body's matrices are Muon's, the rest AdamW's."""
+    parts: dict[str, dict[str, nn.Parameter]] = {"body": {}, "embeddings": {}}
+    for name, parameter in named.items():
+        parts["embeddings" if name in embeddings else "body"][name] = parameter
+    muon = inner.optimizer == "muon"
+    groups = []
+    for part, own in parts.items():
+        own = {n: p for n, p in own.items() if not (muon and part == "body" and p.dim() == 2)}
+        matrices = [p for p in own.values() if p.dim() >= 2]
+        vectors = [p for p in own.values() if p.dim() < 2]  # norms and biases do not decay
+        groups += [
+            {"params": matrices, "weight_decay": inner.weight_decay, "part": part},
+            {"params": vectors, "weight_decay": 0.0, "part": part},
+        ]
+    groups = [group for group in groups if group["params"]]
     betas = (inner.betas[0], inner.betas[1])
-    return torch.optim.AdamW(groups, lr=inner.learning_rate, betas=betas, fused=True)
+    made: list[torch.optim.Optimizer] = []
+    if groups:
+        made.append(torch.optim.AdamW(groups, lr=inner.learning_rate, betas=betas, fused=True))
+    if muon:
+        matrices = [p for p in parts["body"].values() if p.dim() == 2]
+        made.append(
+            torch.optim.Muon(
+                [{"params": matrices, "weight_decay": inner.weight_decay, "part": "body"}],
+                lr=inner.learning_rate,
+                adjust_lr_fn="match_rms_adamw",  # so that AdamW's learning rates hold for it
+            )
+        )
+    return made
+
+
+def _of_optimizer(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Tensors
+) -> Tensors:
+    """The part of a saved state that belongs to one optimiser."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {k: v for k, v in state.items() if id(named[k.split("/", 1)[1]]) in own}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -169,7 +169,7 @@ def test_relative_paths_are_relative_to_the_recipe(
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "pieces.model").touch()
     text = MODEL + "tokenizer: shared\nshared_tokenizer: pieces.model\n"
-    text += "silos: {ant: {files: [a/*.txt, /abs/b.txt, ~/c.txt]}}\n"
+    text += "silos: {ant: {files: [a/*.txt, /abs/b.txt, ~/c.txt], validation_files: [v.txt]}}\n"
     written(tmp_path / "sub", text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
@@ -180,6 +180,7 @@ def test_relative_paths_are_relative_to_the_recipe(
         "/abs/b.txt",
         "/home/someone/c.txt",
     ]
+    assert recipe.silos["ant"].validation_files == [str(folder / "v.txt")]
     assert recipe.shared_tokenizer == str(folder / "pieces.model")
 
 
@@ -344,7 +345,10 @@ BAD_OVERRIDES = [
     ("rounds.x=3", "rounds.x: no such setting; rounds is a whole number"),
     ("model.config.=3", "model.config.: no such setting"),
     ("silos.ant.filez=[x]", "silos.ant.filez: no such setting of a silo; did you mean 'files'?"),
-    ("silos.ant.zzz=[x]", "silos.ant.zzz: no such setting of a silo; known: files, hub"),
+    (
+        "silos.ant.zzz=[x]",
+        "silos.ant.zzz: no such setting of a silo; known: files, validation_files",
+    ),
     # of the wrong kind
     ("rounds=many", "rounds='many': must be a whole number"),
     ("only=[[ant]]", "only=[['ant']]: must be a list, such as [a, b]"),
@@ -450,6 +454,33 @@ BAD_OVERRIDES = [
     ("silos.ant.files=[]", "silos.ant: set exactly one of files, hub, packages (set: none)"),
     ("silos.new.max_bytes=5", "silos.new: set exactly one of files, hub, packages (set: none)"),
     ("silos.ant.files=['\"\"']", "silos.ant: an empty path or package name"),
+    ("silos.ant.validation_files=['\"\"']", "silos.ant: an empty path or package name"),
+    ("silos.ant.validation_files=v.txt", "silos.ant.validation_files='v.txt': must be a list"),
+    (
+        "silos.ant.files=[] silos.ant.hub=x silos.ant.validation_files=[v.txt]",
+        "validation_files=['v.txt']: only together with files; remove it",
+    ),
+    (
+        "silos.ant.hub_validation_split=validation",
+        "silos.ant.hub_validation_split='validation': only together with hub; remove it",
+    ),
+    ("silos.ant.hub_where=[a=b]", "silos.ant.hub_where=['a=b']: only together with hub"),
+    ("silos.ant.hub_files=[a=b]", "silos.ant.hub_files=['a=b']: only together with hub"),
+    (
+        "silos.ant.files=[] silos.ant.hub=x silos.ant.hub_validation_split=train",
+        "silos.ant.hub_validation_split='train': is hub_split too; name another split",
+    ),
+    *(
+        (
+            f"silos.ant.files=[] silos.ant.hub=x silos.ant.hub_where=['{condition}']",
+            f"silos.ant.hub_where: '{condition}' is no FIELD=VALUE, such as meta.pile_set_name=",
+        )
+        for condition in ("meta", "=x", "meta=")
+    ),
+    (
+        "silos.ant.files=[] silos.ant.hub=x silos.ant.hub_files=[val.jsonl]",
+        "silos.ant.hub_files: 'val.jsonl' is no SPLIT=PATTERN, such as validation=val.jsonl.zst",
+    ),
     ("silos.../x.files=[a]", "silos.../x: a silo's name has lower-case letters"),
     ("'silos.A B.files=[a]'", "silos.A B: a silo's name has lower-case letters"),
     ("silos._x.files=[a]", "silos._x: a silo's name has lower-case letters"),

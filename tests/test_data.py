@@ -218,6 +218,48 @@ def test_the_split_of_a_hub_data_set_can_be_named(tmp_path: Path) -> None:
     assert hub(tmp_path, hub_split="test") == ["two"]
 
 
+NESTED = [
+    {"text": "one", "meta": {"set": "a b", "lines": 3, "old": True}},
+    {"text": "two", "meta": {"set": "c", "lines": 3, "old": False}},
+    {"text": "three", "meta": {"set": "a b", "lines": 4, "old": True}},
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "texts"),
+    [
+        ([], ["one", "two", "three"]),
+        (["meta.set=a b"], ["one", "three"]),
+        (["meta.lines=3"], ["one", "two"]),
+        (["meta.lines=3", "meta.set=a b"], ["one"]),
+        (["meta.old=false"], ["two"]),
+        (["text=two"], ["two"]),
+        (["meta.set=a=b"], []),
+    ],
+)
+def test_rows_of_a_hub_data_set_are_chosen_by_their_fields(
+    tmp_path: Path, where: list[str], texts: list[str]
+) -> None:
+    write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, NESTED)))
+    assert hub(tmp_path, hub_where=where) == texts
+
+
+def test_a_field_that_is_null_has_that_value_alone(tmp_path: Path) -> None:
+    nulls = [{"text": "four", "meta": None}, {"text": "five", "meta": {"set": None}}]
+    write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, [*NESTED, *nulls])))
+    assert hub(tmp_path, hub_where=["meta.set=c"]) == ["two"]
+    assert hub(tmp_path, hub_where=["meta.set=null"]) == ["four", "five"]
+
+
+def test_the_files_of_a_split_can_be_named_and_packed(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "0.jsonl.zst", zst(rows("one").encode()))
+    write(tmp_path / "train" / "1.jsonl.zst", zst(rows("two").encode()))
+    write(tmp_path / "other.jsonl.zst", zst(rows("three").encode()))
+    files = ["train=train/0.*", "train=train/1.*", "dev=other.jsonl.zst"]
+    assert hub(tmp_path, hub_files=files) == ["one", "two"]
+    assert hub(tmp_path, hub_files=files, hub_split="dev") == ["three"]
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """What HF_HUB_OFFLINE=1 sets where it is there before the libraries are imported."""
@@ -238,6 +280,14 @@ def test_a_missing_hub_data_set_is_named_with_the_mend(offline: None) -> None:
     [
         ({"hub_split": "test"}, r"split 'test'.*check silos.ant.hub, hub_config and hub_split"),
         ({"hub_config": "fr"}, r"config 'fr'.*check silos.ant.hub, hub_config and hub_split"),
+        (
+            {"hub_where": ["meta.set=x"]},
+            r"row 1: no field 'meta.set'; where 'meta' should be: id, text; set silos.ant.hub_wh",
+        ),
+        (
+            {"hub_where": ["text.set=x"]},
+            r"row 1: no field 'text.set'; where 'set' should be: 'one'; set silos.ant.hub_where",
+        ),
         ({"column": "body"}, r"row 1: no column 'body'; columns: id, text; set silos.ant.column"),
     ],
 )
@@ -481,6 +531,132 @@ def test_the_key_of_a_source_changes_with_its_files_and_settings(tmp_path: Path,
     write(file, rows("two"))
     os.utime(file, ns=(1, 1))  # the same size at another time
     assert source_key(source, RECIPE) != first
+
+
+# ---- validation text of its own ----------------------------------------------------------------
+
+
+def given_split(
+    folder: Path, train: Sequence[str], validation: Sequence[str], recipe: Recipe = RECIPE
+) -> Corpus:
+    source = SiloConfig(
+        files=[str(write(folder / "train.jsonl", rows(*train)))],
+        validation_files=[str(write(folder / "validation.jsonl", rows(*validation)))],
+    )
+    return load_corpus("ant", source, recipe, folder / "cache")
+
+
+def splits(corpus: Corpus) -> tuple[list[str], list[str]]:
+    return list(corpus.texts("train")), list(corpus.texts("validation"))
+
+
+def test_validation_files_are_all_of_validation_and_the_others_of_training(tmp_path: Path) -> None:
+    texts = some_texts()
+    corpus = given_split(tmp_path, texts[:90], texts[90:])
+    assert splits(corpus) == (texts[:90], texts[90:])
+    assert (corpus.train_documents, corpus.validation_documents) == (90, 10)
+    assert corpus.validation_bytes == sum(len(text.encode()) for text in texts[90:])
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_a_training_document_that_is_in_validation_too_is_dropped(
+    tmp_path: Path, deduplicate: bool
+) -> None:
+    recipe = replace(RECIPE, deduplicate=deduplicate)
+    corpus = given_split(tmp_path, ["a", "b  c", "a", "d"], ["b\nc", "b c", "e"], recipe)
+    train = ["a", "d"] if deduplicate else ["a", "a", "d"]
+    assert splits(corpus) == (train, ["b\nc", "e"])
+    assert corpus.duplicates == (3 if deduplicate else 2)
+
+
+def test_a_validation_document_that_does_not_fit_is_dropped_not_trained_on(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, validation_max_bytes=5)
+    corpus = given_split(tmp_path, ["train"], ["ééx", "too", "x", "y"], recipe)
+    assert splits(corpus) == (["train"], ["ééx"])
+    corpus = given_split(tmp_path, ["train", "longer"], ["four", "longer", "x"], recipe)
+    assert splits(corpus) == (["train", "longer"], ["four", "x"])
+
+
+def test_max_bytes_bounds_training_alone(tmp_path: Path) -> None:
+    train = write(tmp_path / "t.jsonl", rows("one", "two"))
+    validation = write(tmp_path / "v.jsonl", rows("six", "ten"))
+    source = SiloConfig(files=[str(train)], validation_files=[str(validation)], max_bytes=1)
+    assert splits(load_corpus("ant", source, RECIPE, tmp_path)) == (["one"], ["six", "ten"])
+
+
+def test_validation_texts_are_cut_into_documents_as_training_texts_are(tmp_path: Path) -> None:
+    for i in range(20):
+        write(tmp_path / "train" / f"{i}.txt", f"{i}\n\ntwo")
+    file = write(tmp_path / "v.txt", "one\n\ntwo")
+    source = SiloConfig(files=[str(tmp_path / "train")], validation_files=[str(file)])
+    corpus = load_corpus("ant", source, RECIPE, tmp_path / "cache")
+    assert list(corpus.texts("validation")) == ["one\n\ntwo"]
+    assert corpus.train_documents == 20
+
+
+def test_a_hub_data_sets_own_validation_split_is_read_with_the_same_conditions(
+    tmp_path: Path,
+) -> None:
+    for name, words in (("train", "abc"), ("validation", "xyc")):
+        lines = [{"text": word, "of": word > "a"} for word in words]
+        write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, lines)))
+    source = SiloConfig(
+        hub=str(tmp_path), hub_validation_split="validation", hub_where=["of=true"], max_bytes=99
+    )
+    corpus = load_corpus("ant", source, RECIPE, tmp_path / "cache")
+    assert splits(corpus) == (["b"], ["x", "y", "c"])
+
+
+def test_the_key_changes_with_the_validation_text_alone(tmp_path: Path) -> None:
+    source = SiloConfig(files=[str(write(tmp_path / "t.jsonl", rows("one")))])
+    file = write(tmp_path / "v.jsonl", rows("two"))
+    given = replace(source, validation_files=[str(file)])
+    keys = [source_key(source, RECIPE), source_key(given, RECIPE)]
+    os.utime(file, ns=(1, 1))
+    keys.append(source_key(given, RECIPE))
+    from_hub = SiloConfig(hub="a/b")
+    for change in (
+        {},
+        {"hub_validation_split": "v"},
+        {"hub_where": ["a=b"]},
+        {"hub_files": ["v=x"]},
+    ):
+        keys.append(source_key(replace(from_hub, **change), RECIPE))
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (
+            ["a"],
+            ["longer"],
+            r"no document of silos.ant.validation_files is kept .* fits validation_max_bytes=5; gi",
+        ),
+        (["a"], [" "], "no document of silos.ant.validation_files is kept for validation: it has"),
+        (["a"], ["a", "b"], "each of its documents is in silos.ant.validation_files too, so that"),
+    ],
+)
+def test_a_split_that_is_left_empty_is_named_with_the_mend(
+    tmp_path: Path, train: list[str], validation: list[str], message: str
+) -> None:
+    with pytest.raises(DeptError, match=rf"^silo ant: {message}"):
+        given_split(tmp_path, train, validation, replace(RECIPE, validation_max_bytes=5))
+
+
+def test_what_is_wrong_with_validation_text_names_its_setting(tmp_path: Path) -> None:
+    train = str(write(tmp_path / "train.jsonl", rows("one")))
+    bad = write(tmp_path / "bad.txt.gz", b"x")
+    for pattern, message in (
+        ("/nowhere/*", r"no file matches \['/nowhere/\*'\]; check silos.ant.validation_files$"),
+        (str(bad), "cannot be read: Not a gzipped file.*leave it out of silos.ant.validation_fil"),
+    ):
+        source = SiloConfig(files=[train], validation_files=[pattern])
+        with pytest.raises(DeptError, match=f"^silo ant: .*{message}"):
+            load_corpus("ant", source, RECIPE, tmp_path / "cache")
+    source = SiloConfig(hub=str(tmp_path), hub_validation_split="dev", hub_files=["train=*.jsonl"])
+    with pytest.raises(DeptError, match=r"split 'dev'.*silos.ant.hub, .* and hub_validation_split"):
+        load_corpus("ant", source, RECIPE, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

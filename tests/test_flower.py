@@ -17,6 +17,7 @@ import pytest
 
 from dept_fl.checkpoint import load_state, round_folder, under_prefix
 from dept_fl.config import Recipe
+from dept_fl.traffic import traffic
 from tests.federation import same, state_of, trained
 
 pytestmark = pytest.mark.flower
@@ -53,6 +54,7 @@ def test_dept_run_gives_the_tensors_of_the_plain_algorithm_and_leaves_no_process
     assert str(run_dir / "metrics.jsonl") in done.stdout
     told = json.loads(dept("status", str(run_dir), "--json", home=home).stdout)
     assert (told["state"], told["round"], len(told["silos"])) == ("ended", 2, 3)
+    assert {(each.up_ratio, each.down_ratio) for each in traffic(run_dir)} == {(1.0, 1.0)}
     server, silos = trained(recipe("rounds=2"), home)
     tensors, meta = load_state(round_folder(run_dir / "checkpoints", 2))
     assert same(under_prefix("body", tensors), server.body)

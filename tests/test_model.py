@@ -103,6 +103,7 @@ BODIES = {
     "mpt-350m": (1024, mpt_body(1024, 24)),
     "mpt-1b": (2048, mpt_body(2048, 24)),
     "llama-tiny": (192, llama_body(192, 512, 4)),
+    "llama-nano": (128, llama_body(128, 344, 4)),
 }
 
 

@@ -283,6 +283,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         "drop --vocab-size=500, or drop --tokenizer",
     ),
     "unquoted": (["--data", "data/ant.jsonl", "data/bee.jsonl"], "quote a pattern"),
+    "misplaced": (
+        ["--hub", "a/b", "--set", "validation_files=[v.txt]"],
+        "v.txt']: only together with files; remove it",
+    ),
+    "no validation file": (
+        ["--data", "data", "--set", "validation_files=[nowhere.txt]"],
+        "nowhere.txt']; check --set validation_files",
+    ),
     "set": (["--data", "data", "--set", "device"], "expected KEY=VALUE, such as sample_by=line"),
     "set twice": (["--data", "data", "--set", "column=x"], "--set column: give it as --column"),
     "set unknown": (["--data", "data", "--set", "devise=cpu"], "did you mean 'device'?"),
@@ -299,7 +307,9 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(folder: Path, case: str
     (folder / "broken.jsonl").write_text("{")
     words, expected = BAD[case]
     before = sorted(folder.rglob("*"))
-    assert expected in refused("ant", *words)
+    told = refused("ant", *words)
+    assert expected in told
+    assert "--set --" not in told
     after = [path for path in folder.rglob("*") if path not in before]
     whole = [path for path in after if path.name == "corpus.json"]
     assert whole or not after  # text that was read well is kept for the next try

@@ -44,6 +44,20 @@ def test_each_stage_counts_its_own() -> None:
         assert progress.line() == "two ... 0 s"
 
 
+def test_a_stage_with_steps_says_how_many_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    progress = Progress()
+    with progress.stage("training"):
+        progress.at(0, 4000)
+        assert progress.line() == "training ... 0 of 4,000 steps, 0 s"
+        progress.at(1000, 4000)
+        clock[0] = 120.0
+        assert progress.line() == "training ... 1,000 of 4,000 steps, 20 s; left: about 60 s"
+    with progress.stage("evaluating"):
+        assert progress.line() == "evaluating ... 0 s"
+
+
 def test_an_error_ends_a_stage() -> None:
     progress = Progress()
     with pytest.raises(ValueError, match="x"), progress.stage("one"):

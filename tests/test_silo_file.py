@@ -24,9 +24,13 @@ GIVEN: dict[str, Any] = {
     "name": "fr",
     "home": "/srv/dept",
     "files": ["/data/fr.txt"],
+    "validation_files": ["/data/validation.txt"],
     "hub": "a/b",
     "hub_config": "fr",
     "hub_split": "test",
+    "hub_validation_split": "dev",
+    "hub_files": ["dev=dev.jsonl"],
+    "hub_where": ["meta.kind=law"],
     "packages": ["stdlib"],
     "include": ["*.md"],
     "exclude": ["*.rst"],
@@ -47,6 +51,7 @@ GIVEN: dict[str, Any] = {
     "micro_batch_size": 2,
 }
 SOURCES = {"files", "hub", "packages"}
+OF_THE_HUB = {"hub_validation_split", "hub_files", "hub_where"}  # refused without one
 OF_THE_RECIPE = {
     "tokenizer_train_bytes",
     "validation_fraction",
@@ -82,6 +87,8 @@ ELSEWHERE = {"name", "home", "micro_batch_size", "share_embeddings"}  # have tes
 @pytest.mark.parametrize("key", sorted(set(KEYS) - ELSEWHERE))
 def test_every_key_holds_over_any_recipe(tmp_path: Path, key: str) -> None:
     one_source = {"files": []} if key in SOURCES - {"files"} else {}
+    if key in OF_THE_HUB:
+        one_source = {"files": [], "hub": GIVEN["hub"]}
     file = load_silo_file(written(tmp_path, **one_source, **{key: GIVEN[key]}))
     recipe = file.over(RECIPE)
     owner = recipe if key in OF_THE_RECIPE else recipe.silos["fr"]
@@ -133,9 +140,11 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "set").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     settings = {"files": ["x/*.txt", "../**/*.jsonl", "/abs/y.txt"], "home": "home"}
+    settings["validation_files"] = "v.txt"
     file = load_silo_file(written(folder, tokenizer="own.model", **settings))
     source = file.over(RECIPE).silos["fr"]
     assert source.files == [f"{folder}/x/*.txt", f"{folder}/../**/*.jsonl", "/abs/y.txt"]
+    assert source.validation_files == [str(folder / "v.txt")]
     assert source.tokenizer == str(folder / "own.model")
     assert file.home == folder / "home"
     file = load_silo_file(written(folder, files=[], hub="set"))
@@ -190,6 +199,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "empty pattern": ({"files": [""]}, "an empty path or package name"),
     "empty file": ({"files": ""}, "an empty path or package name"),
     "no paths": ({"files": {"a": 1}}, "files={'a': 1}: must be a list"),
+    "no validation paths": ({"validation_files": 3}, "validation_files=3: must be a list"),
+    "misplaced": ({"hub_where": ["a=b"]}, "hub_where=['a=b']: only together with hub; remove it"),
     "encoding": ({"encoding": "utf-9"}, "encoding='utf-9': no such text encoding"),
     "device": ({"device": "tpu"}, "device='tpu': must be one of auto, cpu, cuda"),
     "fraction": ({"validation_fraction": 2}, "validation_fraction=2.0: must be above 0"),
@@ -305,6 +316,7 @@ def test_a_message_cannot_read_this_machines_environment() -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     given = {**GIVEN, "files": ["x y/*.txt", 'quote"d', "ü#: é"], "hub": "", "packages": []}
+    given |= {"hub_validation_split": "", "hub_files": [], "hub_where": []}
     (tmp_path / "fr.yaml").write_text(as_yaml(given), encoding="utf-8")
     assert yaml.safe_load(as_yaml(given)) == given
     source = load_silo_file(tmp_path / "fr.yaml").over(RECIPE).silos["fr"]

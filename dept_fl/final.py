@@ -1,0 +1,76 @@
+"""What a silo keeps at a run's end: the final body beside its own embeddings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dept_fl.checkpoint import Tensors, load_state, under_prefix
+from dept_fl.config import recipe_from_json
+from dept_fl.errors import DeptError
+from dept_fl.silo import Silo
+
+
+@dataclass(frozen=True)
+class Final:
+    """A silo at the end of a run, whose recipe is `silo.recipe`."""
+
+    silo: Silo
+    body: Tensors
+    embeddings: Tensors
+
+
+def read_final(folder: Path, home: Path | None = None) -> Final:
+    """Read what `Silo.finish` kept, with the silo as it was.
+
+    Args:
+        folder: <home>/silos/<silo>/state/<experiment>/final, or a copy of it elsewhere.
+        home: of the silo's text and tokenizer; None for the one that `folder` lies in.
+
+    Raises:
+        DeptError: the folder is missing or damaged, lies in no home, or the silo's text or
+            tokenizer is not that of the run any more.
+    """
+    folder = folder.expanduser().absolute()
+    tensors, meta = load_state(folder)
+    recipe = recipe_from_json(json.dumps(meta["recipe"]))
+    silo = Silo(str(meta["silo"]), recipe, home or _home_of(folder), folder.parent.name)
+    for key, now in (("tokenizer", silo.tokenizer.fingerprint), ("text", silo.corpus.digest)):
+        if meta[key] != now:
+            raise DeptError(
+                f"{folder}: silo {silo.name} has {key}={now!r} now, it was {meta[key]!r} in the "
+                f"run; put the old {key} back"
+            )
+    return Final(silo, under_prefix("body", tensors), under_prefix("embeddings", tensors))
+
+
+def _home_of(folder: Path) -> Path:
+    above = folder.parents
+    if len(above) < 5 or (above[1].name, above[3].name) != ("state", "silos"):
+        raise DeptError(
+            f"{folder}: in no home; name <home>/silos/<silo>/state/<experiment>/final, or the "
+            "home as well"
+        )
+    return above[4]
+
+
+def common_body(finals: Sequence[Final]) -> Tensors:
+    """The one body of these silos.
+
+    Raises:
+        DeptError: they have not the same.
+    """
+    first = finals[0]
+    for other in finals[1:]:
+        if other.body.keys() != first.body.keys() or not all(
+            torch.equal(tensor, first.body[name]) for name, tensor in other.body.items()
+        ):
+            raise DeptError(
+                f"silos {first.silo.name} and {other.silo.name} have different bodies; name the "
+                "final folders of one run"
+            )
+    return first.body

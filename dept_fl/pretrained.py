@@ -1,0 +1,186 @@
+"""A pre-trained model with its tokenizer, from a silo's final folder or a Hugging Face one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dept_fl.checkpoint import load_state, under_prefix
+from dept_fl.config import Recipe, recipe_from_json
+from dept_fl.errors import DeptError
+from dept_fl.model import build, join, layout, seed_of
+from dept_fl.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer, Vocabulary, load_tokenizer
+
+CONTROLS = ("none", "random", "scratch")
+_FALLBACK_TOKENS = 512  # for models that know no longest sequence
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A causal LM, its tokenizer and the ids it has embeddings of.
+
+    Attributes:
+        sequence_tokens: the longest sequence it takes.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    sequence_tokens: int
+
+
+def load_pretrained(folder: Path) -> Pretrained:
+    """The model of a silo's `final` folder, or of a Hugging Face folder.
+
+    Raises:
+        DeptError: it is neither, is damaged, or its tokenizer is not to be found.
+    """
+    if (folder / "config.json").is_file():
+        return _exported(folder)
+    if (folder / "state.json").is_file():
+        return _of_silo(folder.resolve())
+    raise DeptError(
+        f"{folder}: no model; give a silo's folder home/silos/SILO/state/EXPERIMENT/final, or a "
+        "Hugging Face folder with config.json"
+    )
+
+
+def _of_silo(folder: Path) -> Pretrained:
+    tensors, meta = load_state(folder)
+    if not {"silo", "tokenizer", "text", "recipe"} <= meta.keys():
+        raise DeptError(
+            f"{folder}: not the final state of a silo; give SILO/state/EXPERIMENT/final"
+        )
+    recipe = recipe_from_json(json.dumps(meta["recipe"]))
+    tokenizer = _tokenizer(folder, recipe, meta)
+    embeddings = under_prefix("embeddings", tensors)
+    parts = layout(recipe.model, recipe.sequence_tokens)
+    rows = next(len(embeddings[name]) for name in parts.tokens if name in embeddings)
+    vocabulary = _vocabulary(folder, tokenizer, meta, rows)
+    end_id = int(vocabulary.local_ids()[tokenizer.end_id])
+    model = build(recipe.model, vocabulary.size, recipe.sequence_tokens, 0, end_id)
+    try:
+        join(model, under_prefix("body", tensors), embeddings)
+    except ValueError as error:
+        raise DeptError(f"{folder}: its tensors are not those of its recipe: {error}") from error
+    return Pretrained(model, tokenizer, vocabulary, recipe.sequence_tokens)
+
+
+def _tokenizer(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that the silo trained with, known by its fingerprint."""
+    home, silo = _home(folder), recipe.silos.get(meta["silo"])
+    named = (silo.tokenizer if silo else "") or recipe.shared_tokenizer
+    candidates = [str(file) for file in sorted(home.glob("tokenizers/*/*/tokenizer.model"))]
+    for candidate in [*candidates, *([named] if named else [])]:
+        try:
+            found = load_tokenizer(candidate)
+        except DeptError:
+            continue
+        if found.fingerprint == meta["tokenizer"]:
+            return found
+    raise DeptError(
+        f"{folder}: the tokenizer that it was trained with is neither in {home / 'tokenizers'} "
+        f"nor {named or 'named in its recipe'}; put the home back as it was"
+    )
+
+
+def _home(folder: Path) -> Path:
+    """home of home/silos/SILO/state/EXPERIMENT/final"""
+    if len(folder.parts) < 7 or (folder.parts[-5], folder.parts[-3]) != ("silos", "state"):
+        raise DeptError(
+            f"{folder}: lies in no home; its tokenizer is looked for beside "
+            "silos/SILO/state/EXPERIMENT/final"
+        )
+    return folder.parents[4]
+
+
+def _vocabulary(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any], rows: int) -> Vocabulary:
+    """All of the tokenizer's ids, or in TRIM and SPEC those of the silo's own text, V_k."""
+    if rows >= tokenizer.size:
+        return Vocabulary.whole(tokenizer)
+    tokens = folder.parents[2] / "tokens"
+    name = f"{meta['text'][:16]}-{tokenizer.fingerprint[:16]}-used"
+    file = tokens / name / "vocabulary.npy"
+    if not file.is_file():
+        raise DeptError(f"{folder}: {file}, which tells the ids of its embeddings, is missing")
+    return Vocabulary(np.load(file, allow_pickle=False), tokenizer.size)
+
+
+def _exported(folder: Path) -> Pretrained:
+    tokenizer = HuggingFaceTokenizer(str(folder))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # of several libraries, none of them documented
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DeptError(f"{folder}: transformers cannot load its model: {reason}") from error
+    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    if rows < tokenizer.size:
+        raise DeptError(
+            f"{folder}: its tokenizer has {tokenizer.size:,} ids, its model embeddings of {rows:,}"
+        )
+    model.config.use_cache = False
+    lengths = (getattr(model.config, key, 0) for key in ("max_position_embeddings", "max_seq_len"))
+    longest = next((length for length in lengths if length), _FALLBACK_TOKENS)
+    return Pretrained(model, tokenizer, Vocabulary.whole(tokenizer), longest)
+
+
+def with_control(pretrained: Pretrained, control: str, seed: int) -> PreTrainedModel:
+    """The model to start from, its own copy.
+
+    Args:
+        control: `none`: as it was pre-trained; `random`: with a fresh body under its embeddings;
+            `scratch`: with fresh embeddings too.
+    """
+    model = pretrained.model
+    if control == "none":
+        return copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed_of(seed, "control"))
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model.config, dtype=torch.float32, trust_remote_code=False
+        )
+        kept = _embeddings(model) if control == "random" else {}
+        for name, parameter in fresh.named_parameters():
+            if name in kept:
+                parameter.copy_(kept[name])
+    return fresh
+
+
+def _embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Embedding tables, and an output layer of its own where the model has one."""
+    tables: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    output = model.get_output_embeddings()
+    own = {id(p) for m in [*tables, *([output] if output else [])] for p in m.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
+
+
+class Encoder:
+    """Texts as the ids that a model has embeddings of.
+
+    Attributes:
+        end: the id that begins and ends every sequence.
+        line_end: the ids of a line's end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+        self._tokenizer = tokenizer
+        self._local = vocabulary.local_ids()
+        restricted = vocabulary.size < tokenizer.size
+        self._rewrite = vocabulary.rewriter(tokenizer) if restricted else list
+        self.end = int(self._local[tokenizer.end_id])
+        self.line_end = self(["\n"])[0]
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        encoded = self._tokenizer.encode(texts)
+        return [self._local[self._rewrite(ids)].tolist() if ids else [] for ids in encoded]
