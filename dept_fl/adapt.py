@@ -66,11 +66,20 @@ def load_run(run_dir: Path) -> Run:
     tensors, meta = load_state(_newest(run_dir))
     return Run(
         run_dir,
-        recipe_from_json(json.dumps(meta["recipe"])),
+        _recipe_in(meta),
         under_prefix("body", tensors),
         under_prefix("embeddings", tensors),
         meta.get("experiment", ""),
     )
+
+
+def recipe_of_run(run_dir: Path) -> Recipe:
+    """The recipe alone, without reading tensors."""
+    return _recipe_in(load_meta(_newest(run_dir)))
+
+
+def _recipe_in(meta: Mapping[str, Any]) -> Recipe:
+    return recipe_from_json(json.dumps(meta["recipe"]))
 
 
 def _newest(run_dir: Path) -> Path:
@@ -251,7 +260,7 @@ class Plan:
         runs = [body for body in self.bodies if body != RANDOM]
         if not runs and not file:
             raise ConfigError(["a random body alone tells no model: name a run, or --recipe"])
-        first = load_run(Path(runs[0])).recipe if runs else None
+        first = recipe_of_run(Path(runs[0])) if runs else None
         base = load_recipe(file) if file or first is None else first
         steps = steps or max(1, round(_STEPS_SHARE * base.total_steps))
         every = min(every or max(1, steps // 8), steps)
@@ -297,7 +306,7 @@ class Plan:
 def _can_have(body: str, start: str) -> bool:
     if start == RANDOM or body == RANDOM:
         return start == RANDOM
-    shares_embeddings = load_run(Path(body)).recipe.variant != "spec"
+    shares_embeddings = recipe_of_run(Path(body)).variant != "spec"
     return shares_embeddings == (start == TRAINED)
 
 

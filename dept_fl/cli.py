@@ -66,7 +66,7 @@ def run(
     from dept_fl.model import layout  # takes seconds that the other commands need not wait
 
     try:
-        path, words = _recipe_path(recipe), " ".join(map(shlex.quote, overrides or []))
+        path, words = _recipe_path(recipe), _as_text(overrides)
         made = load_recipe(path, words)  # every mistake shows before any process starts
         require_silos(made)
         layout(made.model, made.sequence_tokens)
@@ -90,6 +90,11 @@ def run(
 
 def _home(home: str) -> Path:
     return home_dir(str(Path(home).expanduser().absolute()) if home else "")
+
+
+def _as_text(overrides: list[str] | None) -> str:
+    """Overrides as `load_recipe` takes them, whatever is in them."""
+    return " ".join(map(shlex.quote, overrides or []))
 
 
 def _recipe_path(recipe: str) -> str:
@@ -123,7 +128,7 @@ def compare(
 
     Example: dept compare conf/handbook.yaml --arms std-1,alone,spec-opt --seeds 3 --out results
     """
-    made = load_recipe(_recipe_path(recipe), " ".join(map(shlex.quote, overrides or [])))
+    made = load_recipe(_recipe_path(recipe), _as_text(overrides))
     require_silos(made)
     signal.signal(signal.SIGTERM, _interrupt)
     progress = Progress()
@@ -138,12 +143,9 @@ def compare(
     place = _home(home)
     comparison = Comparison(made, chosen_arms(arms), seeds, folder, place, equal)
     progress.during("making text, tokenizers and tokens ready", comparison.prepare)
-    try:
+    with _interrupt_told():
         jobs = progress.during("planning", comparison.jobs)
         results, failures = run_jobs(jobs, folder / "runs", place, parallel, _told)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on where it was", err=True)
-        raise typer.Exit(130) from None
     facts = {"recipe": asdict(made), "arms": {arm.name: arm.words for arm in comparison.arms}}
     if results:
         rows = write(results, {**about(), **facts}, folder)
@@ -195,16 +197,13 @@ def adapt(
     folder.mkdir(parents=True, exist_ok=True)
     place = _home(home)
     paths = [b if b == adapting.RANDOM else str(Path(b).expanduser().absolute()) for b in bodies]
-    words = " ".join(map(shlex.quote, settings or []))
+    words = _as_text(settings)
     plan = adapting.Plan(paths, start.split(","), place, seeds, sampling, own)
     made = plan.recipe(_recipe_path(recipe) if recipe else "", words, steps, every)
     title = "making text, tokenizers and tokens ready"
     jobs = progress.during(title, lambda: plan.jobs(made))
-    try:
+    with _interrupt_told():
         results, failures = run_jobs(jobs, folder / "jobs", place, parallel, _told)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on where it was", err=True)
-        raise typer.Exit(130) from None
     if results:
         rows = adapting.write(results, about(), folder)
         text = json.dumps([asdict(row) for row in rows]) if as_json else adapting.markdown(rows)
@@ -276,7 +275,7 @@ def cost(
         elif measured:
             made = tables.of_run(measured.expanduser())
         else:
-            words = " ".join(map(shlex.quote, overrides or []))
+            words = _as_text(overrides)
             asked = load_recipe(_recipe_path(recipe or _RECIPE), words)
             made = tables.of_recipe(asked, _home(home), _sizes(vocabulary or []))
     if as_json:
@@ -539,6 +538,16 @@ def silo_split(
 
 def _told(line: str) -> None:
     typer.echo(line, err=True)
+
+
+@contextmanager
+def _interrupt_told() -> Iterator[None]:
+    """Ctrl-C in the midst of jobs costs one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _told("stopped; the same command goes on where it was")
+        raise typer.Exit(130) from None
 
 
 def _tell_failures(failures: list[str], jobs: int) -> None:

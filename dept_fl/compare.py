@@ -279,6 +279,8 @@ class Share:
 
 def _facts(ledger: Ledger, recipe: Recipe, shares: Mapping[str, Share]) -> Event:
     events = ledger.read()
+    sizes = {share.stream.vocabulary.size for share in shares.values()}
+    flops = {size: flops_per_token(recipe, size) for size in sizes}
     return {
         "silos": {
             name: {
@@ -288,7 +290,7 @@ def _facts(ledger: Ledger, recipe: Recipe, shares: Mapping[str, Share]) -> Event
                 "epochs": share.tokens / len(share.stream.train),
                 "parameters": share.parameters,
                 "bytes_up": share.bytes_up,
-                "flops": share.tokens * flops_per_token(recipe, share.stream.vocabulary.size),
+                "flops": share.tokens * flops[share.stream.vocabulary.size],
             }
             for name, share in shares.items()
         },
