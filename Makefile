@@ -9,14 +9,19 @@ PORT ?= $(or $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT),39091)
 demo: setup  ## pre-train across the demo's silos, everything written into this folder
 	DEPT_HOME="$(CURDIR)" $(BIN)/dept run conf/demo.yaml
 
+# One thread each in as many processes as there are cores, up to eight; then, one after the other,
+# what starts Flower's processes and nginx.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not flower" -n auto --maxprocesses 8 \
+	--dist loadfile && $(BIN)/python -m pytest -m flower
+
 test: setup  ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: setup  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: setup
 	$(BIN)/ruff format .

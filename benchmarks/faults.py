@@ -34,10 +34,10 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.variants import machine
 from dept_fl.checkpoint import Tensors, load_state, round_folder, rounds_on_disk, with_prefix
 from dept_fl.config import load_recipe
 from dept_fl.errors import DeptError
+from dept_fl.jobs import about
 from dept_fl.local import COMPLETED, end_tree
 from dept_fl.report import Ledger
 from dept_fl.rounds import Server, has_checkpoint, pretrain
@@ -490,7 +490,7 @@ class Campaign:
     def _add(self, row: Row) -> None:
         with self._file:
             rows = [*rows_in(self.options.json), row]
-            facts = {**machine(), "command": "python -m benchmarks.faults"}
+            facts = {**about(), "command": "python -m benchmarks.faults"}
             text = json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n"
             draft = self.options.json.with_suffix(".draft")
             draft.write_text(text)

@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.variants import machine
-from dept_fl.arms import ARMS, chosen_arms
-from dept_fl.compare import Comparison, Job
+from benchmarks.trials import QUICK, Trial, bits, trials
+from dept_fl.arms import chosen_arms
 from dept_fl.config import Recipe, home_dir, load_recipe, with_settings
-from dept_fl.jobs import run_jobs
+from dept_fl.jobs import about, run_jobs
 from dept_fl.report import Event
-from dept_fl.standings import mean
 
 _MOST_SILOS = 5
+# Where the search began; what it found stands in the recipe.
+_BEGAN_WITH = {
+    "inner.optimizer": "adamw",
+    "inner.learning_rate": 3e-3,
+    "inner.betas": [0.9, 0.95],
+}
+_MUON = "inner.optimizer=muon"
 BOTH = [
     "",
     "inner.learning_rate=1.5e-3",
@@ -36,12 +40,17 @@ BOTH = [
     "inner.embedding_learning_rate=1.5e-3",
     "inner.embedding_learning_rate=6e-3",
     "inner.embedding_learning_rate=1e-2",
-    "inner.optimizer=muon",
-    "inner.optimizer=muon inner.learning_rate=6e-3",
-    "inner.optimizer=muon inner.learning_rate=1e-2",
-    "inner.optimizer=muon inner.learning_rate=6e-3 inner.embedding_learning_rate=1e-2",
+    _MUON,
+    f"{_MUON} inner.learning_rate=6e-3",
+    f"{_MUON} inner.learning_rate=1e-2",
+    f"{_MUON} inner.learning_rate=6e-3 inner.embedding_learning_rate=1e-2",
     "inner.betas=[0.9,0.99]",
     "inner.weight_decay=0.1",
+    # Around what won among those above.
+    f"{_MUON} inner.learning_rate=1e-2 inner.embedding_learning_rate=2e-2",
+    f"{_MUON} inner.learning_rate=2e-2 inner.embedding_learning_rate=2e-2",
+    f"{_MUON} inner.learning_rate=1e-2 inner.final_learning_rate_fraction=0.01",
+    f"{_MUON} inner.learning_rate=1e-2 inner.betas=[0.9,0.99]",
 ]
 OF_AN_ARM = {
     "spec-opt": [
@@ -51,6 +60,9 @@ OF_AN_ARM = {
         "inner.rewarm_steps=4",
         "outer.optimizer=nesterov outer.learning_rate=0.7 outer.momentum=0.5",
         "outer.optimizer=nesterov outer.learning_rate=1.0 outer.momentum=0.3",
+        f"{_MUON} inner.learning_rate=1e-2 rounds=64 inner.local_steps=6",
+        f"{_MUON} inner.learning_rate=1e-2 rounds=32 inner.local_steps=12",
+        f"{_MUON} inner.learning_rate=1e-2 outer.optimizer=nesterov outer.momentum=0.5",
     ],
     "std-0": [
         "inner.warmup_steps=20",
@@ -59,22 +71,12 @@ OF_AN_ARM = {
         "inner.clip_norm=0.5",
         "inner.learning_rate=4.5e-3",
         "inner.learning_rate=2e-3",
+        f"{_MUON} inner.learning_rate=6e-3 inner.embedding_learning_rate=2e-2",
+        f"{_MUON} inner.learning_rate=4.5e-3 inner.embedding_learning_rate=1e-2",
+        f"{_MUON} inner.learning_rate=6e-3 inner.embedding_learning_rate=1e-2 "
+        "inner.warmup_steps=20",
     ],
 }
-
-
-@dataclass(frozen=True)
-class Trial(Job):
-    """One arm with some settings changed."""
-
-    words: str = ""
-
-    @property
-    def name(self) -> str:
-        return re.sub(r"[^\w.=,-]+", "_", f"{self.arm.name} {self.words}".strip())
-
-    def run(self, folder: Path, home: Path) -> Event:
-        return {**super().run(folder, home), "words": self.words}
 
 
 def main() -> None:
@@ -91,7 +93,7 @@ def main() -> None:
     silos = options.silos.split(",") if options.silos else recipe.silo_names[:3]
     if len(silos) > _MOST_SILOS:
         parser.error(f"--silos {options.silos}: at most {_MOST_SILOS}, so that others stay unseen")
-    recipe = with_settings(replace(recipe, arms=[]), {"only": silos})
+    recipe = with_settings(replace(recipe, arms=[]), {"only": silos, **_BEGAN_WITH})
     out = options.out or Path(tempfile.mkdtemp(prefix="dept-search-"))
     trials = trials_of(recipe, arms, options.quick, out)
     results, failures = run_jobs(
@@ -100,20 +102,14 @@ def main() -> None:
     print(table(results))
     print("\n".join(failures), file=sys.stderr)
     if options.json:
-        facts = {**machine(), "silos": silos, "command": " ".join(["python", *sys.argv])}
+        facts = {**about("python -m benchmarks.search"), "silos": silos}
         options.json.write_text(json.dumps({"machine": facts, "rows": results}, indent=1) + "\n")
 
 
 def trials_of(recipe: Recipe, arms: list[str], quick: bool, out: Path) -> list[Trial]:
-    made = []
-    Comparison(recipe, [ARMS[arm] for arm in arms], 1, out, home_dir("")).prepare()
-    for arm in arms:
-        for words in [*BOTH, *OF_AN_ARM.get(arm, [])]:
-            more = " rounds=2 inner.local_steps=2 inner.warmup_steps=1" if quick else ""
-            changed = replace(recipe, arms=[f"{arm} {words}{more}"])
-            comparison = Comparison(changed, [ARMS[arm]], 1, out, home_dir(""))
-            made += [Trial(**vars(job), words=words) for job in comparison.jobs()]
-    return made
+    more = f" {QUICK}" if quick else ""
+    words = {arm: [*BOTH, *OF_AN_ARM.get(arm, [])] for arm in arms}
+    return trials(recipe, {a: {w: f"{w}{more}" for w in own} for a, own in words.items()}, 1, out)
 
 
 def table(results: list[Event]) -> str:
@@ -123,10 +119,6 @@ def table(results: list[Event]) -> str:
         own = [(bits(r), r["words"]) for r in results if r["arm"] == arm]
         lines += [f"| {arm} | {words or 'nothing'} | {b:.3f} |" for b, words in sorted(own)]
     return "\n".join(lines)
-
-
-def bits(result: Event) -> float:
-    return mean([silo["bits_per_byte"] for silo in result["silos"].values()])
 
 
 if __name__ == "__main__":

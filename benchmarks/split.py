@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.variants import machine
 from dept_fl.clusters import Labelled, Split, split
 from dept_fl.config import SiloConfig, load_recipe
 from dept_fl.errors import DeptError
+from dept_fl.jobs import about
 from dept_fl.progress import Progress
 from dept_fl.sources import documents
 
@@ -56,9 +55,8 @@ def main() -> None:
     measured = [measure(sources, silos, seed) for seed in range(1, options.seeds + 1)]
     print(table(measured))
     if options.json:
-        ran = " ".join(["python -m benchmarks.split", *sys.argv[1:]])
         runs = [each.as_dict() for each in measured]
-        facts = {"machine": {**machine(), "command": ran}, "runs": runs}
+        facts = {"machine": about("python -m benchmarks.split"), "runs": runs}
         options.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 

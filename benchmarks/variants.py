@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dept_fl.config import Recipe, load_recipe
+from dept_fl.jobs import about
 from dept_fl.report import Event, Ledger
 from dept_fl.rounds import has_checkpoint
 
@@ -44,7 +43,8 @@ def main() -> None:
     rows = [measure(out, options, name, words) for name, words in arms(recipe).items()]
     print(table(recipe, rows))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        facts = {"machine": about("python -m benchmarks.variants"), "rows": rows}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def arms(recipe: Recipe) -> dict[str, list[str]]:
@@ -113,18 +113,6 @@ def table(recipe: Recipe, rows: list[dict[str, Any]]) -> str:
 
 def mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "command": " ".join(["python", "-m", "benchmarks.variants", *sys.argv[1:]]),
-    }
 
 
 if __name__ == "__main__":

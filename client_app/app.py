@@ -59,8 +59,9 @@ def train(message: Message, context: Context) -> RecordDict:
     silo = _silo(message, context)
     update = silo.train(_task(message, silo))
     began = time.perf_counter()
-    content = records.update_record(update)
-    content.metric_records[records.METRICS]["encode_s"] = time.perf_counter() - began
+    content = records.update_record(update, silo.recipe.wire.up)
+    encode_s = update.metrics["encode_s"] + time.perf_counter() - began
+    content.metric_records[records.METRICS]["encode_s"] = encode_s
     return content
 
 
@@ -118,5 +119,9 @@ def _in_time(message: Message, context: Context) -> AbstractContextManager[None]
 
 def _task(message: Message, silo: Silo) -> Task:
     return records.read_task(
-        message.content, silo.name, silo.layout.body, silo.received_embedding_shapes
+        message.content,
+        silo.name,
+        silo.layout.body,
+        silo.received_embedding_shapes,
+        silo.recipe.wire.down,
     )

@@ -276,6 +276,7 @@ class Plan:
             "only": base.silo_names,
             "without": [],
             "silos_per_round": 0,
+            "evaluate_every": 1,
         }
         return with_settings(replace(base, arms=[]), {**settings, **assignments(overrides)})
 
@@ -293,14 +294,21 @@ class Plan:
             for body in self.bodies:
                 for start in starts[body]:
                     # The paper: half the rate where the embeddings are trained already.
-                    share = 1.0 if start == RANDOM else 0.5
-                    rate = {"inner.learning_rate": seeded.inner.learning_rate * share}
-                    own = with_settings(seeded, rate)
+                    own = seeded if start == RANDOM else _at_half_rate(seeded)
                     tau = SAMPLING[self.sampling]
                     made.append(Adaptation(body, start, own, tau, digests[body], self.own))
         for name in made[0].recipe.silo_names:  # before jobs run side by side would make it twice
             _ = Silo(name, made[0].recipe, self.home, "").stream
         return made
+
+
+def _at_half_rate(recipe: Recipe) -> Recipe:
+    inner, embeddings = recipe.inner, recipe.inner.embedding_learning_rate
+    half = None if embeddings is None else embeddings / 2
+    return with_settings(
+        recipe,
+        {"inner.learning_rate": inner.learning_rate / 2, "inner.embedding_learning_rate": half},
+    )
 
 
 def _can_have(body: str, start: str) -> bool:

@@ -118,7 +118,7 @@ class Share:
 
     Attributes:
         sent_a_step: parameters in one direction, by optimiser step.
-        round_bytes: in one direction; as many come down as go up.
+        up_bytes, down_bytes: of a round, with the recipe's codecs where silos are averaged.
     """
 
     method: str
@@ -127,7 +127,8 @@ class Share:
     parameters: Parameters
     memory: Memory
     sent_a_step: float
-    round_bytes: int
+    up_bytes: int
+    down_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         facts = asdict(self)
@@ -155,7 +156,8 @@ def bill(recipe: Recipe, known: Vocabularies) -> list[Share]:
                 parameters=held,
                 memory=memory(recipe, found, kind, size.tokens),
                 sent_a_step=sent_a_step(method, held, steps),
-                round_bytes=round_bytes(method, found, held, steps),
+                up_bytes=round_bytes(method, found, size.tokens, steps, recipe.wire.up),
+                down_bytes=round_bytes(method, found, size.tokens, steps, recipe.wire.down),
             )
             shares.append(share)
     return shares

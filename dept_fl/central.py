@@ -168,7 +168,7 @@ class Central:
         return self._position
 
     def run(self, ledger: Ledger) -> None:
-        """All rounds that are left, each evaluated and written to the ledger, then saved."""
+        """All rounds that are left, each written to the ledger, evaluated where due, then saved."""
         self._resume()
         ledger.rewind(self.round)
         if self.round == 0:
@@ -176,7 +176,8 @@ class Central:
         while self.round < self.recipe.rounds:
             metrics = self.train_round()
             ledger.write("silo_train", silo="all", round=self.round, **metrics)
-            self._write_evaluation(ledger)
+            if self.recipe.evaluates(self.round):
+                self._write_evaluation(ledger)
             self._save()
 
     def _write_evaluation(self, ledger: Ledger) -> None:
@@ -189,6 +190,8 @@ class Central:
         """N_local steps; returns the round's metrics."""
         if self._forgets and self.round:
             self._forget()
+        body, embeddings = self.layout.split(parameters(self.model))
+        norms = {"body_norm": norm(body), "embedding_norm": norm(embeddings)}
         inner = self.recipe.inner
         first = self.round * inner.local_steps
         forget_every = inner.local_steps if self._forgets else 0
@@ -197,14 +200,12 @@ class Central:
         self._moments = done.optimizer
         self._position += inner.local_steps * inner.batch_size
         self.round += 1
-        body, embeddings = self.layout.split(parameters(self.model))
         return {
             "loss": done.loss,
             "gradient_norm": done.gradient_norm,
             "tokens": float(done.tokens),
             "train_s": done.seconds,
-            "body_norm": norm(body),
-            "embedding_norm": norm(embeddings),
+            **norms,
         }
 
     def _resume(self) -> None:

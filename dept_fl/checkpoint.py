@@ -187,6 +187,15 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the tensors' names and bytes."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].contiguous().numpy().data)
+    return whole.hexdigest()
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

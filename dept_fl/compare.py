@@ -24,6 +24,7 @@ from dept_fl.silo import Silo, Task, Update, with_shared_tokenizer
 from dept_fl.standings import mean
 
 EQUAL = ("tokens", "bytes")  # what all arms of a table have seen the same number of
+_REFERENCE = ARMS["spec-opt"]  # whose bytes the others take where bytes are to be equal
 
 
 @dataclass(frozen=True)
@@ -138,29 +139,18 @@ class Comparison:
 
     def _steps_of_equal_bytes(self, arm: Arm, recipe: Recipe, base: Recipe) -> int:
         """N_local with which this tokenizer passes over as many bytes as the silos' own do."""
-        reference = _bytes_per_token(ARMS["spec-opt"], ARMS["spec-opt"].recipe(base), self.home)
+        reference = _bytes_per_token(_REFERENCE, _REFERENCE.recipe(base), self.home)
         own = _bytes_per_token(arm, recipe, self.home)
         return max(1, round(recipe.inner.local_steps * reference / own))
 
     def prepare(self) -> None:
         """Tokenizers and token streams, before jobs run side by side and would make them twice."""
-        for settings in ({"tokenizer": "own"}, {"tokenizer": "shared", "variant": "glob"},
-                         {"tokenizer": "shared", "variant": "trim"}):  # fmt: skip
-            if not any(self._needs(arm, settings) for arm in self.arms):
-                continue
-            base = with_settings(replace(self.recipe, arms=[]), settings)
-            recipe = with_shared_tokenizer(base, self.home)
+        arms = self.arms if self.equal == "tokens" else [*self.arms, _REFERENCE]
+        recipes = [with_shared_tokenizer(arm.recipe(self.recipe), self.home) for arm in arms]
+        distinct = {(r.variant, r.tokenizer, r.shared_tokenizer): r for r in recipes}
+        for recipe in distinct.values():
             for name in recipe.silo_names:
                 _ = Silo(name, recipe, self.home, "").stream
-
-    def _needs(self, arm: Arm, settings: Mapping[str, str]) -> bool:
-        if self.equal != "tokens" and settings["tokenizer"] == "own":
-            return True
-        own = {"variant": "spec", **arm.settings}
-        restricts = own["variant"] in ("trim", "spec") and own["tokenizer"] == "shared"
-        return own["tokenizer"] == settings["tokenizer"] and (
-            own["tokenizer"] == "own" or restricts == (settings["variant"] == "trim")
-        )
 
 
 def _bytes_per_token(arm: Arm, recipe: Recipe, home: Path) -> float:
@@ -310,7 +300,7 @@ def _last(events: list[Event], silo: str) -> Event:
 def _curve(events: list[Event], recipe: Recipe) -> list[Event]:
     """By whole rounds done: bits per byte of each silo, norms of body and activations (Fig. 2).
 
-    A silo evaluates the body that arrives, in round t that of t - 1, before it trains.
+    What a training event of round t tells of the body is that of t - 1, which it started from.
     """
     rows: dict[int, dict[str, dict[str, float]]] = {}
     for event in events:
@@ -322,9 +312,7 @@ def _curve(events: list[Event], recipe: Recipe) -> list[Event]:
     norms: dict[int, list[float]] = {}
     for event in events:
         if event["event"] == "silo_train":
-            # A silo tells the norm of what arrived; a central model that of what it has become.
-            done = event["round"] - ("bits_per_byte" in event)
-            norms.setdefault(done, []).append(event["body_norm"])
+            norms.setdefault(event["round"] - 1, []).append(event["body_norm"])
     return [
         {
             "round": done,

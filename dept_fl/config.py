@@ -36,6 +36,7 @@ FREE_ON_RESUME = frozenset(
         "device",
         "share_samples",
         "sample_tokens",
+        "evaluate_every",
         "arms",
         "inner.micro_batch_size",
     }
@@ -48,6 +49,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 INNER_OPTIMIZERS = ("adamw", "muon")
 OUTER_OPTIMIZERS = ("average", "nesterov", "adam")
+CODECS = ("fp32", "bf16", "int8", "int4")
 MERGES = ("mean", "median", "trimmed-mean")
 SAMPLE_BY = ("auto", "document", "paragraph", "line")
 CONTENTS = ("text", "code", "docstrings")
@@ -185,6 +187,24 @@ class OuterConfig:
 
 
 @dataclass(frozen=True)
+class WireConfig:
+    """What travels between silos and server, and as what (`codec.py`).
+
+    Attributes:
+        up: codec of the silos' deltas: `fp32` as in the paper, `bf16`, `int8` or `int4`.
+        error_feedback: whether a silo keeps what the codec lost and adds it to its next delta.
+        down: codec of the body's (and embeddings') change since the round before. `fp32` sends
+            them whole; with the others they go whole, in fp32, where a silo does not have those of
+            the round before (its first round, one that it missed, a server that was started
+            again), and in the end.
+    """
+
+    up: str = "fp32"
+    error_feedback: bool = True
+    down: str = "fp32"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything a run depends on but its paths. Sent to the silos as JSON with each message.
 
@@ -213,6 +233,8 @@ class Recipe:
             simulation, where silos queue for the machine, for each silo of the round.
         largest_delta: a silo's delta is refused if its norm is over this many times the running
             median of the norms merged before.
+        evaluate_every: silos evaluate the body that arrives in round 1 and every so many rounds
+            behind it; the final body always.
         share_samples: whether silos send text that their model wrote to the server; null
             means yes in simulation; in a deployment the silo's file decides.
         arms: what arms of a comparison (`dept compare`) have of their own, such as
@@ -238,12 +260,14 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     silos: dict[str, SiloConfig] = field(default_factory=dict)
     only: list[str] = field(default_factory=list)
     without: list[str] = field(default_factory=list)
     min_silos: int = 1
     validation_fraction: float = 0.05
     validation_max_bytes: int = 200_000
+    evaluate_every: int = 1
     deduplicate: bool = True
     device: str = "auto"
     share_samples: bool | None = None
@@ -264,6 +288,10 @@ class Recipe:
     def round_tokens(self) -> int:
         """Tokens that a silo trains on in one round."""
         return self.inner.local_steps * self.inner.batch_size * self.sequence_tokens
+
+    def evaluates(self, rounds_done: int) -> bool:
+        """Whether the body is evaluated behind so many rounds."""
+        return rounds_done % self.evaluate_every == 0 or rounds_done == self.rounds
 
     @property
     def own_tokenizers(self) -> bool:
@@ -495,7 +523,12 @@ def _writable(config: Any) -> DictConfig:
 
 
 _MAPPINGS = ("silos", "model.config")
-_GROUPS: dict[str, type[Any]] = {"model": ModelConfig, "inner": InnerConfig, "outer": OuterConfig}
+_GROUPS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "inner": InnerConfig,
+    "outer": OuterConfig,
+    "wire": WireConfig,
+}
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -629,6 +662,8 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("inner.precision", recipe.inner.precision, PRECISIONS),
         ("outer.optimizer", recipe.outer.optimizer, OUTER_OPTIMIZERS),
         ("outer.merge", recipe.outer.merge, MERGES),
+        ("wire.up", recipe.wire.up, CODECS),
+        ("wire.down", recipe.wire.down, CODECS),
     ):
         if value not in allowed:
             yield f"{key}={value!r}: must be one of {', '.join(allowed)}"
@@ -645,6 +680,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("round_attempts", recipe.round_attempts, 1),
         ("sample_tokens", recipe.sample_tokens, 0),
         ("validation_max_bytes", recipe.validation_max_bytes, 1),
+        ("evaluate_every", recipe.evaluate_every, 1),
         ("inner.local_steps", recipe.inner.local_steps, 1),
         ("inner.batch_size", recipe.inner.batch_size, 1),
         ("inner.micro_batch_size", recipe.inner.micro_batch_size, 0),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
+from dept_fl.codec import form
 from dept_fl.config import Recipe
 from dept_fl.model import Blocks, Layout
 
@@ -56,18 +58,22 @@ def sent_a_step(method: str, held: Parameters, local_steps: int) -> float:
     return float(sent) if method == "std" else sent / local_steps
 
 
-def round_bytes(method: str, layout: Layout, held: Parameters, local_steps: int) -> int:
-    """Bytes in one direction in N_local steps: fp32, and each array's header.
+def wire_bytes(shapes: Mapping[str, tuple[int, ...]], codec: str = "fp32") -> int:
+    """Bytes of these tensors as arrays of a message, each with its header."""
+    return sum(form(codec, shape).bytes + _NPY_HEADER_BYTES for shape in shapes.values())
 
-    STD is data parallelism, in which a worker sends a bare gradient in every step.
+
+def round_bytes(
+    method: str, layout: Layout, vocabulary: int, local_steps: int, codec: str = "fp32"
+) -> int:
+    """Bytes in one direction in N_local steps.
+
+    STD is data parallelism, in which a worker sends a bare fp32 gradient in every step.
     """
-    payload = sent_parameters(method, held) * _FP32_BYTES
     if method == "std":
-        return payload * local_steps
-    arrays = len(layout.body)
-    if sends_embeddings(method):
-        arrays += len(layout.tokens) + len(layout.positions)
-    return payload + arrays * _NPY_HEADER_BYTES
+        return parameters(layout, vocabulary).total * _FP32_BYTES * local_steps
+    embeddings = layout.embeddings(vocabulary) if sends_embeddings(method) else {}
+    return wire_bytes({**layout.body, **embeddings}, codec)
 
 
 @dataclass(frozen=True)
@@ -77,22 +83,25 @@ class Cost:
     Attributes:
         held_parameters: body, embeddings of its vocabulary, positions.
         up_parameters: what it sends, and as many come down.
-        up_bytes: the same on the wire, fp32 with array headers.
+        up_bytes, down_bytes: the same on the wire, with array headers.
+        whole_bytes: what comes down in fp32, to a silo that did not take part in the round before.
     """
 
     held_parameters: int
     up_parameters: int
     up_bytes: int
+    down_bytes: int
+    whole_bytes: int
 
 
 def cost(recipe: Recipe, layout: Layout, vocabulary: int) -> Cost:
     """Of a silo of this recipe whose vocabulary has this size."""
-    held = parameters(layout, vocabulary)
-    return Cost(
-        held_parameters=held.total,
-        up_parameters=sent_parameters(recipe.label, held),
-        up_bytes=round_bytes(recipe.label, layout, held, recipe.inner.local_steps),
+    held, steps = parameters(layout, vocabulary), recipe.inner.local_steps
+    up, down, whole = (
+        round_bytes(recipe.label, layout, vocabulary, steps, codec)
+        for codec in (recipe.wire.up, recipe.wire.down, "fp32")
     )
+    return Cost(held.total, sent_parameters(recipe.label, held), up, down, whole)
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def of_recipe(recipe: Recipe, home: Path, given: Mapping[str, int]) -> Shown:
     view = Group(
         _head(recipe, own),
         _parameters(recipe, shares),
+        _sent(recipe, shares),
         _memory(recipe, shares),
         _by_silo(recipe, own),
         *_notes(recipe, known),
@@ -91,18 +92,30 @@ def _parameters(recipe: Recipe, shares: Sequence[Share]) -> Table:
                 _count(mean(p.tokens for p in held)),
                 _count(mean(p.positions for p in held)),
                 _count(mean(p.total for p in held)),
-                _count(mean(share.sent_a_step for share in of_method)),
-                size(round(mean(share.round_bytes for share in of_method))),
             ]
         )
-    columns = ("method", "vocabulary", "body", "tokens", "positions", "in all")
+    head = ("method", "vocabulary", "body", "tokens", "positions", "in all")
+    return table(head, rows, "parameters" + _of_silos(shares))
+
+
+def _sent(recipe: Recipe, shares: Sequence[Share]) -> Table:
+    rows = [
+        [
+            _marked(method, recipe),
+            _count(mean(share.sent_a_step for share in of_method)),
+            size(round(mean(share.up_bytes for share in of_method))),
+            size(round(mean(share.down_bytes for share in of_method))),
+        ]
+        for method, of_method in _by_method(shares)
+    ]
+    head = ("method", "parameters a step", "up a round", "down a round")
+    codecs = f"{recipe.wire.up} up, {recipe.wire.down} down"
+    return table(head, rows, f"what is sent, {codecs} (STD: fp32){_of_silos(shares)}")
+
+
+def _of_silos(shares: Sequence[Share]) -> str:
     silos = len({share.silo for share in shares})
-    title = "parameters, and what is sent in one direction; as much comes back"
-    return table(
-        (*columns, "sent a step", "a round"),
-        rows,
-        title + (f"; mean of {silos} silos" if silos > 1 else ""),
-    )
+    return f"; mean of {silos} silos" if silos > 1 else ""
 
 
 def _memory(recipe: Recipe, shares: Sequence[Share]) -> Table:
@@ -129,7 +142,7 @@ def _by_silo(recipe: Recipe, own: Sequence[Share]) -> Table:
             share.vocabulary.source,
             _count(share.parameters.total),
             size(share.memory.total),
-            size(share.round_bytes),
+            size(share.up_bytes),
         ]
         for share in own
     ]
@@ -270,19 +283,20 @@ def of_run(run_dir: Path) -> Shown:
         [
             each.silo,
             _ranges(each.rounds),
-            f"{each.formula_bytes:,}",
+            f"{each.formula_up:,}",
             f"{each.up_bytes:,}",
             f"{each.up_ratio:.4f}",
+            f"{each.formula_down:,}",
             f"{each.down_bytes:,}",
             f"{each.down_ratio:.4f}",
         ]
         for each in found
     ]
-    head = ("silo", "rounds", "formula", "up", "ratio", "down", "ratio")
+    head = ("silo", "rounds", "formula up", "up", "ratio", "formula down", "down", "ratio")
     facts = [
         {**asdict(each), "up_ratio": each.up_ratio, "down_ratio": each.down_ratio} for each in found
     ]
-    line = "bytes of a round's arrays: by the formula (4 a parameter, 128 an array), and measured"
+    line = "bytes of a round's arrays: by the formula (with 128 an array), and measured"
     return Shown(Group(line, table(head, rows)), facts)
 
 

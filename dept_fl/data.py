@@ -281,7 +281,7 @@ def load_tokens(
         restrict: take V_k, the training split's own ids, instead of the whole vocabulary.
         watch: sees the training documents as they are tokenised.
     """
-    folder = tokens_folder(corpus, tokenizer, restrict, parent)
+    folder = tokens_folder(corpus.digest, tokenizer, restrict, parent)
     if not folder.is_dir():
         with whole_folder(folder) as draft:
             _write_tokens(silo, corpus, tokenizer, restrict, draft, watch)
@@ -299,10 +299,10 @@ def load_tokens(
     )
 
 
-def tokens_folder(corpus: Corpus, tokenizer: Tokenizer, restrict: bool, parent: Path) -> Path:
-    """Where the token stream of this text and tokenizer is kept once it is made."""
+def tokens_folder(digest: str, tokenizer: Tokenizer, restrict: bool, parent: Path) -> Path:
+    """Where the token stream of the text of this digest is kept once it is made."""
     kind = "used" if restrict else "whole"
-    return parent / f"{corpus.digest[:16]}-{tokenizer.fingerprint[:16]}-{kind}"
+    return parent / f"{digest[:16]}-{tokenizer.fingerprint[:16]}-{kind}"
 
 
 def _write_tokens(

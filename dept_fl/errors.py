@@ -26,5 +26,9 @@ class DamagedState(DeptError):
     """Saved state that is missing, cut short or changed; what was saved before may be whole."""
 
 
+class NeedsWhole(DeptError):
+    """A silo does not have what a change of the body would be added to; the server sends all."""
+
+
 class BadUpdate(DeptError):
     """A silo's reply that must not be merged."""

@@ -38,7 +38,7 @@ def read_final(folder: Path, home: Path | None = None) -> Final:
     folder = folder.expanduser().absolute()
     tensors, meta = load_state(folder)
     recipe = recipe_from_json(json.dumps(meta["recipe"]))
-    silo = Silo(str(meta["silo"]), recipe, home or _home_of(folder), folder.parent.name)
+    silo = Silo(str(meta["silo"]), recipe, home or home_of(folder), folder.parent.name)
     for key, now in (("tokenizer", silo.tokenizer.fingerprint), ("text", silo.corpus.digest)):
         if meta[key] != now:
             raise DeptError(
@@ -48,7 +48,8 @@ def read_final(folder: Path, home: Path | None = None) -> Final:
     return Final(silo, under_prefix("body", tensors), under_prefix("embeddings", tensors))
 
 
-def _home_of(folder: Path) -> Path:
+def home_of(folder: Path) -> Path:
+    """The home that a silo's final folder lies in; raise DeptError if it lies in none."""
     above = folder.parents
     if len(above) < 5 or (above[1].name, above[3].name) != ("state", "silos"):
         raise DeptError(

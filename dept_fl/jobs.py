@@ -161,13 +161,13 @@ def result_of(job: Job, out: Path) -> Event | None:
     return found if found.get("key") == job.key else None
 
 
-def about() -> Event:
-    """When, on what and by which command results were made."""
+def about(command: str = "dept") -> Event:
+    """When, on what and by which command results were made; its arguments are this process's."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "torch": torch.__version__,
-        "command": " ".join(["dept", *sys.argv[1:]]),
+        "command": " ".join([command, *sys.argv[1:]]),
     }

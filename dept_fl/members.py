@@ -168,7 +168,7 @@ class Members:
 
     def _sent(self, node: _Node, silo: str, message: Message) -> Sent:
         shared = self._server.shared
-        largest = records.largest_reply({}, rows=shared.size if shared and silo else 0)
+        largest = records.largest_reply({}, "fp32", rows=shared.size if shared and silo else 0)
         due = time.monotonic() + message.metadata.ttl - GRACE_S
         return Sent(node.id, silo, message.metadata.message_type, 0, largest, due)
 

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dept_fl.checkpoint import load_state, under_prefix
 from dept_fl.config import Recipe, recipe_from_json
+from dept_fl.data import tokens_folder
 from dept_fl.errors import DeptError
+from dept_fl.final import home_of
 from dept_fl.model import build, join, layout, seed_of
 from dept_fl.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer, Vocabulary, load_tokenizer
 
@@ -77,7 +79,7 @@ def _of_silo(folder: Path) -> Pretrained:
 
 def _tokenizer(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Tokenizer:
     """The tokenizer that the silo trained with, known by its fingerprint."""
-    home, silo = _home(folder), recipe.silos.get(meta["silo"])
+    home, silo = home_of(folder), recipe.silos.get(meta["silo"])
     named = (silo.tokenizer if silo else "") or recipe.shared_tokenizer
     candidates = [str(file) for file in sorted(home.glob("tokenizers/*/*/tokenizer.model"))]
     for candidate in [*candidates, *([named] if named else [])]:
@@ -93,23 +95,12 @@ def _tokenizer(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Tokenizer:
     )
 
 
-def _home(folder: Path) -> Path:
-    """home of home/silos/SILO/state/EXPERIMENT/final"""
-    if len(folder.parts) < 7 or (folder.parts[-5], folder.parts[-3]) != ("silos", "state"):
-        raise DeptError(
-            f"{folder}: lies in no home; its tokenizer is looked for beside "
-            "silos/SILO/state/EXPERIMENT/final"
-        )
-    return folder.parents[4]
-
-
 def _vocabulary(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any], rows: int) -> Vocabulary:
     """All of the tokenizer's ids, or in TRIM and SPEC those of the silo's own text, V_k."""
     if rows >= tokenizer.size:
         return Vocabulary.whole(tokenizer)
     tokens = folder.parents[2] / "tokens"
-    name = f"{meta['text'][:16]}-{tokenizer.fingerprint[:16]}-used"
-    file = tokens / name / "vocabulary.npy"
+    file = tokens_folder(meta["text"], tokenizer, True, tokens) / "vocabulary.npy"
     if not file.is_file():
         raise DeptError(f"{folder}: {file}, which tells the ids of its embeddings, is missing")
     return Vocabulary(np.load(file, allow_pickle=False), tokenizer.size)

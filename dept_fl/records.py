@@ -5,8 +5,9 @@
 | query          | recipe                          | names of the silos on the node           |
 | query.register | recipe, silo                    | counts and sizes; in TRIM the ids of V_k |
 | train          | recipe, silo, rounds, body; in  | deltas of the same tensors, metrics      |
-|                | GLOB and TRIM embeddings        |                                          |
-| evaluate       | as train                        | metrics; a sample where it is shared     |
+|                | GLOB and TRIM embeddings; or of |                                          |
+|                | both the change (wire.down)     |                                          |
+| evaluate       | as train, always whole          | metrics; a sample where it is shared     |
 
 In SPEC no array but the body's, and no token string or id, ever crosses.
 """
@@ -18,7 +19,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from dept_fl.checkpoint import Tensors
+from dept_fl.codec import Form, decode, encode, form
 from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
-from dept_fl.errors import BadUpdate, DeptError
-from dept_fl.silo import Registration, Task, Update
+from dept_fl.errors import BadUpdate, DeptError, NeedsWhole
+from dept_fl.silo import Change, Registration, Task, Update
 
 BODY, EMBEDDINGS, TASK, METRICS, ROWS = "body", "embeddings", "task", "metrics", "rows"
 QUERY_REGISTER = "query.register"
@@ -38,7 +40,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _EXPERIMENT = 12  # hexadecimal digits
 _FINGERPRINT = re.compile(r"[0-9a-f]{0,64}")
-_FP32_BYTES, _INT64_BYTES = 4, 8
+_INT64_BYTES = 8
 _FACTS_BYTES = 1 << 20  # of all in a reply that is not an array
 _ARRAY_BYTES = 4096  # of an array that is not its numbers
 _COUNTS = (
@@ -58,8 +60,13 @@ _MEASURES = ("unigram_bits_per_byte", "step_s", "prepare_s")
 # ---- tensors ----------------------------------------------------------------------------
 
 
-def to_record(tensors: Tensors) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+def to_record(tensors: Tensors, codec: str = "fp32") -> ArrayRecord:
+    """fp32 tensors as arrays; with `fp32`, tensors of any kind as they are.
+
+    What `from_record` gives of them is encoded to the same bytes again.
+    """
+    encoded = {name: encode(codec, tensor) for name, tensor in tensors.items()}
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in encoded.items()})
 
 
 def record_bytes(record: ArrayRecord) -> int:
@@ -74,25 +81,35 @@ def split_bytes(content: RecordDict) -> tuple[int, int]:
     return body, sum(sizes.values())
 
 
-def from_record(record: ArrayRecord, shapes: Shapes) -> Tensors:
-    """The record's tensors, without a copy: read-only views of the bytes that came.
+def from_record(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Tensors:
+    """The record's tensors in fp32; those that came so are read-only views of the bytes.
 
     Raises:
-        BadUpdate: names, dtypes or shapes differ from `shapes`, or the bytes are not what
-            their header says. Nothing is allocated before that is known.
+        BadUpdate: see `encoded_from_record`.
+    """
+    encoded = encoded_from_record(record, shapes, codec)
+    return {name: decode(codec, tensor, shapes[name]) for name, tensor in encoded.items()}
+
+
+def encoded_from_record(record: ArrayRecord, shapes: Shapes, codec: str) -> Tensors:
+    """Views of the bytes that came, for tensors of these shapes.
+
+    Raises:
+        BadUpdate: names, dtypes or shapes differ from what the codec makes of `shapes`, or the
+            bytes are not what their header says. Nothing is allocated before that is known.
     """
     if record.keys() != shapes.keys():
         names = record.keys() ^ shapes.keys()
         raise BadUpdate(f"parameters missing or not asked for: {_some(names)}")
-    return {name: _tensor(name, array, shapes[name]) for name, array in record.items()}
+    return {name: _tensor(name, array, form(codec, shapes[name])) for name, array in record.items()}
 
 
-def _tensor(name: str, array: Array, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(name: str, array: Array, expected: Form) -> torch.Tensor:
     view = _view(name, array)
-    if view.dtype != np.float32:
-        raise BadUpdate(f"{name} is {view.dtype}, expected float32")
-    if view.shape != shape:
-        raise BadUpdate(f"{name} is {view.shape}, expected {shape}")
+    if view.dtype != expected.numpy_dtype:
+        raise BadUpdate(f"{name} is {view.dtype}, expected {expected.numpy_dtype}")
+    if view.shape != expected.shape:
+        raise BadUpdate(f"{name} is {view.shape}, expected {expected.shape}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of read-only memory; nobody writes to it
         return torch.from_numpy(view)
@@ -174,14 +191,27 @@ def content_of(message: Message) -> RecordDict:
 
 def failure(error: Exception) -> RecordDict:
     """The reply of a silo that could not do its task."""
-    return RecordDict({TASK: ConfigRecord({"error": str(error)})})
+    whole = isinstance(error, NeedsWhole)
+    return RecordDict({TASK: ConfigRecord({"error": str(error), "needs_whole": whole})})
+
+
+def needs_whole(content: RecordDict) -> bool:
+    """Whether it is the `failure` of a silo that a change did not do for."""
+    record = content.config_records.get(TASK, ConfigRecord())
+    return "error" in record and record.get("needs_whole") is True
 
 
 def raise_failure(content: RecordDict) -> None:
     """Raise BadUpdate if the reply is a `failure`."""
     record = content.config_records.get(TASK)
     if record is not None and "error" in record:
-        raise BadUpdate(printable(str(record["error"])) or "failed, and does not say why")
+        raise BadUpdate(reason(content))
+
+
+def reason(content: RecordDict) -> str:
+    """What a `failure` says."""
+    told = printable(str(content.config_records[TASK].get("error", "")))
+    return told or "failed, and does not say why"
 
 
 def printable(text: str, longest: int = 2000) -> str:
@@ -264,55 +294,66 @@ def _rows(content: RecordDict) -> torch.Tensor | None:
 def task_record(
     task: Task, header: ConfigRecord, body: ArrayRecord, embeddings: ArrayRecord
 ) -> RecordDict:
-    """The message of a task; body and embeddings are records of the task's, made by `to_record`.
+    """The message of a task; body and embeddings are records of the task's, or of its change's.
 
     They are given so that what several silos get is serialised, and kept, once.
     """
     rounds = {"round": task.round, "start_round": task.start_round, "keep_from": task.keep_from}
-    content = RecordDict({TASK: ConfigRecord({**header, **rounds}), BODY: body})
+    digests = {"digest": task.change.digest} if task.change else {}
+    content = RecordDict({TASK: ConfigRecord({**header, **rounds, **digests}), BODY: body})
     if embeddings:
         content[EMBEDDINGS] = embeddings
     return content
 
 
-def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes) -> Task:
+def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes, codec: str) -> Task:
     """A task from the server. Shapes are the silo's own, from the recipe's model.
+
+    Args:
+        codec: of a change.
 
     Raises:
         DeptError: it is not one.
     """
-    record = _config(content)
     try:
-        rounds = {key: _whole(record, key) for key in ("round", "start_round", "keep_from")}
-        if not 0 <= rounds["keep_from"] <= rounds["start_round"] < rounds["round"]:
-            raise BadUpdate(f"its rounds are not in order: {rounds}")
-        return Task(
-            silo=silo,
-            **rounds,
-            body=from_record(content.array_records[BODY], body),
-            embeddings=from_record(
-                content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings
-            ),
+        record = _config(content)
+        round_, start, keep = (_whole(record, k) for k in ("round", "start_round", "keep_from"))
+        if not 0 <= keep <= start < round_:
+            raise BadUpdate(f"its rounds are not in order: {keep}, {start}, {round_}")
+        task = Task(silo, round_, start, keep, body={}, embeddings={})
+        came = content.array_records[BODY]
+        came_too = content.array_records.get(EMBEDDINGS, ArrayRecord())
+        if "digest" not in record:
+            return replace(
+                task, body=from_record(came, body), embeddings=from_record(came_too, embeddings)
+            )
+        if start != round_ - 1:
+            raise BadUpdate(f"a change for round {round_}, of what is behind round {start}")
+        change = Change(
+            encoded_from_record(came, body, codec),
+            encoded_from_record(came_too, embeddings, codec),
+            str(record["digest"]),
         )
+        return replace(task, change=change)
     except (BadUpdate, KeyError) as error:
         raise DeptError(f"silo {silo}: the server's message is not usable: {error}") from error
 
 
-def update_record(update: Update) -> RecordDict:
+def update_record(update: Update, codec: str) -> RecordDict:
     facts = ConfigRecord({"silo": update.silo, "round": update.round, "warning": update.warning})
     content = RecordDict(
         {
             TASK: facts,
-            BODY: to_record(update.body),
+            BODY: to_record(update.body, codec),
             METRICS: MetricRecord(update.metrics),  # type: ignore[arg-type]
         }
     )
     if update.embeddings:
-        content[EMBEDDINGS] = to_record(update.embeddings)
+        content[EMBEDDINGS] = to_record(update.embeddings, codec)
     return content
 
 
-def read_update(content: RecordDict, body: Shapes, embeddings: Shapes) -> Update:
+def read_update(content: RecordDict, body: Shapes, embeddings: Shapes, codec: str) -> Update:
     """A silo's update; the server checks round, silo and values against its own state.
 
     Raises:
@@ -328,8 +369,10 @@ def read_update(content: RecordDict, body: Shapes, embeddings: Shapes) -> Update
     return Update(
         silo=str(record.get("silo")),
         round=_whole(record, "round"),
-        body=from_record(content.array_records[BODY], body),
-        embeddings=from_record(content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings),
+        body=from_record(content.array_records[BODY], body, codec),
+        embeddings=from_record(
+            content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings, codec
+        ),
         metrics=_metrics(content),
         warning=printable(str(record.get("warning", ""))),
     )
@@ -358,10 +401,10 @@ def read_finished(content: RecordDict, silo: str) -> tuple[dict[str, float], str
     return _metrics(content), sample[:100_000], printable(warning)
 
 
-def largest_reply(arrays: Shapes, rows: int = 0) -> int:
+def largest_reply(arrays: Shapes, codec: str, rows: int = 0) -> int:
     """Bytes that an honest reply with these arrays has at most; the rest is never fetched."""
-    numbers = sum(math.prod(shape) for shape in arrays.values())
-    return _FP32_BYTES * numbers + _INT64_BYTES * rows + _FACTS_BYTES + _ARRAY_BYTES * len(arrays)
+    numbers = sum(form(codec, shape).bytes for shape in arrays.values())
+    return numbers + _INT64_BYTES * rows + _FACTS_BYTES + _ARRAY_BYTES * len(arrays)
 
 
 def _config(content: RecordDict) -> ConfigRecord:

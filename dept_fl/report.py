@@ -104,8 +104,8 @@ class Screen:
             [
                 e["silo"],
                 f"{e['loss']:.3f}",
-                f"{e['bits_per_byte']:.3f}",
-                f"{e['unigram_bits_per_byte']:.3f}",
+                _figure(e, "bits_per_byte"),
+                _figure(e, "unigram_bits_per_byte"),
                 f"{e['tokens_per_s']:,.0f}",
                 f"{(e['bytes_up_body'] + e['bytes_up_embeddings']) / 1e6:.2f}",
                 f"{(e['bytes_down_body'] + e['bytes_down_embeddings']) / 1e6:.2f}",
@@ -128,6 +128,10 @@ class Screen:
         ]
         head = ("silo", "bits/byte", "unigram", "perplexity", "unigram ppl")
         self.table(head, cells, "final body, each silo on its own validation text")
+
+
+def _figure(event: Event, key: str) -> str:
+    return f"{event[key]:.3f}" if key in event else "–"  # not evaluated in every round
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> Table:

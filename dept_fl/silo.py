@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dept_fl.checkpoint import (
     Tensors,
+    digest,
     drop_rounds_before,
     load_state,
     round_folder,
@@ -28,6 +29,7 @@ from dept_fl.checkpoint import (
     with_prefix,
     write_whole,
 )
+from dept_fl.codec import decode, through
 from dept_fl.config import InnerConfig, Recipe, SiloConfig
 from dept_fl.data import (
     Batches,
@@ -41,7 +43,7 @@ from dept_fl.data import (
     tokens_folder,
     unwatched,
 )
-from dept_fl.errors import DamagedState, DeptError
+from dept_fl.errors import DamagedState, DeptError, NeedsWhole
 from dept_fl.evaluate import Evaluation, bits_per_byte, evaluate, sample
 from dept_fl.model import Layout, build, initial_embeddings, join, layout, norm, parameters, seed_of
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
@@ -79,6 +81,20 @@ class Registration:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What travels in place of a task's body and embeddings: their change (`wire.down`).
+
+    Attributes:
+        body, embeddings: encoded.
+        digest: of the body and embeddings that come of it.
+    """
+
+    body: Tensors
+    embeddings: Tensors
+    digest: str
+
+
+@dataclass(frozen=True)
 class Task:
     """What the server asks of a silo in one round.
 
@@ -88,6 +104,8 @@ class Task:
         keep_from: the oldest of the silo's rounds that the server may still resume from.
         body: theta.
         embeddings: phi and psi as far as the variant sends them.
+        change: stands for body and embeddings, which are empty then; it is added to those that
+            arrived in the round before.
     """
 
     silo: str
@@ -96,6 +114,7 @@ class Task:
     keep_from: int
     body: Tensors
     embeddings: Tensors
+    change: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +131,20 @@ class Update:
 
 @dataclass(frozen=True)
 class _State:
-    """A silo's state behind one round; `position` counts sequences taken from its stream."""
+    """A silo's state behind one round.
 
-    position: int
-    embeddings: Tensors
-    moments: Tensors
+    Attributes:
+        position: sequences taken from its stream.
+        lost: of its deltas by the codec (error feedback).
+        received: body and embeddings as they arrived in that round, kept where `wire.down` needs
+            them.
+    """
+
+    position: int = 0
+    embeddings: Tensors = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
+    lost: Tensors = field(default_factory=dict)
+    received: Tensors = field(default_factory=dict)
     warning: str = ""
 
 
@@ -185,7 +213,7 @@ class Silo:
         if not self.is_read:
             return False
         parent = self.folder / "tokens"
-        return tokens_folder(self.corpus, self.tokenizer, self._restricts, parent).is_dir()
+        return tokens_folder(self.corpus.digest, self.tokenizer, self._restricts, parent).is_dir()
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -235,37 +263,42 @@ class Silo:
         )
 
     def train(self, task: Task) -> Update:
-        """One round: evaluate the body as it arrives, train, keep the state, return the deltas."""
+        """One round: evaluate the body that arrives, train, keep the state, return the deltas."""
         began = time.perf_counter()
         state = self._state(task.start_round)
+        task = self._whole(task, state)
         embeddings = self._start_embeddings(task, state)
         model = self._model(task.body, embeddings)
         load_s = time.perf_counter() - began
         state = self._settle_in(model, task, state)
         settle_s = time.perf_counter() - began - load_s
-        arrived = self._evaluate(model)
+        due = self.recipe.evaluates(task.round - 1)
+        arrived = _evaluation_metrics(self._evaluate(model)) if due else {}
         evaluate_s = time.perf_counter() - began - load_s - settle_s
         training = self._train(model, task, state)
         saving = time.perf_counter()
         body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
-        self._save(task, state, after, training)
-        save_s = time.perf_counter() - saving
         delta = {name: after[name] - embeddings[name] for name in after}
         body_delta = {name: tensor - task.body[name] for name, tensor in body.items()}
+        norms = {"body_delta_norm": norm(body_delta), "embedding_delta_norm": norm(delta)}
+        sent, lost = self._as_sent({**body_delta, **self._variant.sent(delta)}, state.lost)
+        encode_s = time.perf_counter() - saving
+        self._save(task, state, after, training, lost)
+        save_s = time.perf_counter() - saving - encode_s
         metrics = {
-            **_evaluation_metrics(arrived),
+            **arrived,
             **_training_metrics(training),
             "load_s": load_s,
             "settle_s": settle_s,
             "evaluate_s": evaluate_s,
+            "encode_s": encode_s,
             "save_s": save_s,
             "body_norm": norm(task.body),
             "embedding_norm": norm(embeddings),
-            "body_delta_norm": norm(body_delta),
-            "embedding_delta_norm": norm(delta),
+            **norms,
         }
-        sent = self._variant.sent(delta)
-        return Update(self.name, task.round, body_delta, sent, metrics, state.warning)
+        to_body = {name: sent.pop(name) for name in body_delta}
+        return Update(self.name, task.round, to_body, sent, metrics, state.warning)
 
     def finish(self, task: Task) -> tuple[dict[str, float], str, str]:
         """Evaluate the final body and keep it beside the silo's embeddings, with a sample.
@@ -302,7 +335,7 @@ class Silo:
             DeptError: there is none, or it was made with other text, tokenizer or model.
         """
         if round_ == 0:
-            return _State(position=0, embeddings={}, moments={})
+            return _State()
         try:
             return self._state_of(round_)
         except DamagedState as damage:
@@ -314,7 +347,8 @@ class Silo:
                 ) from damage
             found = self._state(older[-1])
             warning = f"{damage}; going on from its state of round {older[-1]}"
-            return replace(found, warning=found.warning or warning)
+            # What its codec lost then was sent with the round whose state is damaged.
+            return replace(found, lost={}, warning=found.warning or warning)
 
     def _state_of(self, round_: int) -> _State:
         tensors, meta = load_state(round_folder(self._states, round_))
@@ -325,7 +359,38 @@ class Silo:
                     f"it is {value!r} now; put the old {key} back, or start a new run"
                 )
         moments = under_prefix("optimizer", tensors) if self.recipe.inner.state == "keep" else {}
-        return _State(meta["position"], under_prefix("embeddings", tensors), moments)
+        return _State(
+            position=meta["position"],
+            embeddings=under_prefix("embeddings", tensors),
+            moments=moments,
+            lost=under_prefix("lost", tensors),
+            received=under_prefix("received", tensors),
+        )
+
+    def _whole(self, task: Task, state: _State) -> Task:
+        """The task with body and embeddings, where it came as a change.
+
+        Raises:
+            NeedsWhole: the silo has not what it changes.
+        """
+        change, codec = task.change, self.recipe.wire.down
+        if change is None:
+            return task
+        added = {**change.body, **change.embeddings}
+        if state.warning or state.received.keys() != added.keys():
+            raise NeedsWhole(
+                state.warning or f"kept nothing that arrived in round {task.round - 1}"
+            )
+        whole = {}
+        for name, before in state.received.items():
+            whole[name] = before + decode(codec, added[name], tuple(before.shape))
+        body = {name: whole.pop(name) for name in change.body}
+        if digest(body) + digest(whole) != change.digest:
+            raise NeedsWhole(
+                f"what arrived in round {task.round - 1}, with what has changed since, is not what "
+                "the server has"
+            )
+        return replace(task, body=body, embeddings=whole, change=None)
 
     def _tags(self, round_: int) -> dict[str, Any]:
         model = json.dumps(self.recipe.model.config, sort_keys=True)
@@ -409,8 +474,29 @@ class Silo:
     def _batches(self, seed: int) -> Sequences:
         return Batches(self.stream, self.recipe.sequence_tokens, seed)
 
-    def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
-        tensors: Tensors = {}
+    def _as_sent(self, deltas: Tensors, lost: Tensors) -> tuple[Tensors, Tensors]:
+        """The deltas as they arrive at the server, and what the codec loses of them.
+
+        What it lost of the last ones is added first (error feedback). Takes the deltas' memory.
+        """
+        wire = self.recipe.wire
+        if wire.up == "fp32":
+            return deltas, {}
+        sent, kept = {}, {}
+        for name, delta in deltas.items():  # one by one: at the end there are two, not five bodies
+            if name in lost:
+                delta += lost[name]
+            sent[name] = through(wire.up, delta)
+            if wire.error_feedback:
+                kept[name] = delta.sub_(sent[name])
+        return sent, kept
+
+    def _save(
+        self, task: Task, state: _State, embeddings: Tensors, training: Training, lost: Tensors
+    ) -> None:
+        tensors = with_prefix("lost", lost)
+        if self.recipe.wire.down != "fp32":
+            tensors |= with_prefix("received", {**task.body, **task.embeddings})
         if not self._variant.embeddings_travel:
             tensors |= with_prefix("embeddings", embeddings)
         if self.recipe.inner.state == "keep":

@@ -237,6 +237,7 @@ def plot_curves(
 ) -> Path:
     """Lines over steps, by name and figure, with a panel for each figure: a PNG."""
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(7.5 * len(panels), 5), layout="constrained", squeeze=False
@@ -250,8 +251,12 @@ def plot_curves(
         panel.set(title=title, xlabel="steps of one silo (or of the one model)")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yscale("log")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    left = axes[0][0]
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    left.yaxis.set_major_formatter(ScalarFormatter())  # 150, not 1.5 x 10^2
+    left.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return _saved(figure, file)
 
 

@@ -53,7 +53,8 @@ class DeptStrategy(Strategy):
         self._screen = Screen()
         self._round_s: list[float] = []
         self._push_s = self._wait_s = 0.0
-        self._sent_bytes: dict[str, tuple[int, int]] = {}  # by silo: body, embeddings
+        self._whole_in: dict[str, int] = {}  # by silo, the last round for which it wanted all
+        self._sent: dict[str, Event] = {}  # by silo, what of its task goes into the ledger
         self._answered: Reply  # that the reply which is being aggregated came in
         self._rows: list[Event] = []
         self._server: Server
@@ -203,11 +204,12 @@ class DeptStrategy(Strategy):
     def _write_round(self, clipped: dict[str, float], merge_s: float, seconds: float) -> None:
         this = self._server.round
         for row in self._rows:
-            evaluated = {k: row[k] for k in _EVALUATED}
-            # What arrived, and was evaluated, is the body of the round before.
-            self._ledger.write(
-                "silo_eval", round=this - 1, during_round=this, silo=row["silo"], **evaluated
-            )
+            if self._recipe.evaluates(this - 1):
+                evaluated = {k: row[k] for k in _EVALUATED}
+                # What arrived, and was evaluated, is the body of the round before.
+                self._ledger.write(
+                    "silo_eval", round=this - 1, during_round=this, silo=row["silo"], **evaluated
+                )
             trained = {k: v for k, v in row.items() if k not in _EVALUATED}
             scale = clipped.get(str(row["silo"]), 1.0)
             self._ledger.write("silo_train", round=this, clipped_to=scale, **trained)
@@ -385,7 +387,7 @@ class DeptStrategy(Strategy):
         while task.waiting and time.monotonic() < task.until:
             self._members.look()
             self._ask(grid, task, most=1 if enough(0.0) else _ASKED_AT_MOST)
-            yield from self._take(task)
+            yield from self._take(grid, task)
             if self._is_over(task, enough):
                 break
             task.pause.wait()
@@ -407,11 +409,13 @@ class DeptStrategy(Strategy):
             self._push_s = time.monotonic() - began
             task.busy_s += self._push_s
 
-    def _take(self, task: _Task) -> Iterator[Message]:
+    def _take(self, grid: Grid, task: _Task) -> Iterator[Message]:
         for reply in self._post.replies():
             task.pause.reset()
             began = time.monotonic() - reply.fetch_s
-            if self._is_wanted(reply, task):
+            if self._wants_all(reply, task):
+                self._send(grid, task, [reply.sent.silo])
+            elif self._is_wanted(reply, task):
                 task.waiting.discard(reply.sent.silo)
                 message, self._answered = reply.message, replace(reply, message=None)
                 del reply  # so that one reply at a time is in memory
@@ -419,6 +423,17 @@ class DeptStrategy(Strategy):
                 yield message
                 del message
             task.busy_s += time.monotonic() - began
+
+    def _wants_all(self, reply: Reply, task: _Task) -> bool:
+        """Whether a silo answers, once in a round, that a change does not do for it."""
+        silo, message = reply.sent.silo, reply.message
+        if not task.is_of(reply.sent) or message is None or message.has_error():
+            return False
+        if self._whole_in.get(silo) == task.round or not records.needs_whole(message.content):
+            return False
+        self._whole_in[silo] = task.round
+        self._warning(task.round, silo, f"{records.reason(message.content)}; it gets all")
+        return True
 
     def _is_over(self, task: _Task, enough: Callable[[float], bool]) -> bool:
         """Whether nobody is waited for any more; who is missing is told once."""
@@ -467,7 +482,8 @@ class DeptStrategy(Strategy):
         config = ConfigRecord({**header, "silos": silos})
         train = task.kind == MessageType.TRAIN
         configure = self.configure_train if train else self.configure_evaluate
-        messages = configure(task.round, records.to_record(self._server.body), config, grid)
+        # Records of the body are made where it is known whether any silo gets it whole.
+        messages = configure(task.round, ArrayRecord(), config, grid)
         sent = [
             Sent(
                 node=self._members.node_of(silo),
@@ -482,20 +498,33 @@ class DeptStrategy(Strategy):
         self._post.send(messages, sent)
 
     def _largest_reply(self, silo: str) -> int:
-        return records.largest_reply({**self._server.layout.body, **self._server.shapes(silo)})
+        arrays = {**self._server.layout.body, **self._server.shapes(silo)}
+        return records.largest_reply(arrays, self._recipe.wire.up)
 
     def _task_messages(self, body: ArrayRecord, config: ConfigRecord, kind: str) -> list[Message]:
         header = {key: value for key, value in config.items() if key != "silos"}
         silos: list[str] = config["silos"]  # type: ignore[assignment]
         messages = []
-        embeddings: ArrayRecord | None = None
+        # What all silos get alike is serialised, and kept, once: the whole, and the change.
+        bodies = {False: body} if body else {}
+        embeddings: dict[bool, ArrayRecord] = {}
         for silo in silos:
             task = self._server.task(silo)
-            if embeddings is None or self._server.registrations[silo].rows is not None:
-                embeddings = records.to_record(task.embeddings)  # else all silos get the same
+            if self._whole_in.get(silo) != task.round:
+                task = self._server.as_change(task)
+            sent, changes = task.change or task, task.change is not None
+            if changes not in bodies:
+                bodies[changes] = records.to_record(sent.body)
+            if changes not in embeddings or self._server.registrations[silo].rows is not None:
+                embeddings[changes] = records.to_record(sent.embeddings)
             addressed = ConfigRecord({**header, "silo": silo})
-            content = records.task_record(task, addressed, body, embeddings)
-            self._sent_bytes[silo] = records.split_bytes(content)
+            content = records.task_record(task, addressed, bodies[changes], embeddings[changes])
+            down = records.split_bytes(content)
+            self._sent[silo] = {
+                "bytes_down_body": down[0],
+                "bytes_down_embeddings": down[1],
+                "down_whole": not changes,
+            }
             ttl = float(header["limit_s"]) + GRACE_S  # type: ignore[arg-type]
             group = str(task.round)  # Flower's logs show it
             node = self._members.node_of(silo)
@@ -505,10 +534,13 @@ class DeptStrategy(Strategy):
     def _accept(self, message: Message, reply: Reply) -> Event:
         content, silo = records.content_of(message), reply.sent.silo
         shapes = self._server.shapes(silo)
-        update = records.read_update(content, self._server.layout.body, shapes)
+        update = records.read_update(
+            content, self._server.layout.body, shapes, self._recipe.wire.up
+        )
         if update.silo != silo:
             raise BadUpdate(f"answers for silo {update.silo!r}")
-        evaluated = _picked(update.metrics, _EVALUATED)
+        due = self._recipe.evaluates(update.round - 1)
+        evaluated = _picked(update.metrics, _EVALUATED) if due else {}
         own = _picked(update.metrics, _TRAINED)
         if own["tokens"] != self._recipe.round_tokens:
             raise BadUpdate(
@@ -518,7 +550,7 @@ class DeptStrategy(Strategy):
         self._server.add(self._merge, update)
         if update.warning:
             self._warning(update.round, silo, update.warning)
-        up, down = records.split_bytes(content), self._sent_bytes[silo]
+        up = records.split_bytes(content)
         norms = self._merge.norms[silo]
         return {
             "silo": silo,
@@ -529,8 +561,7 @@ class DeptStrategy(Strategy):
             "tokens_per_s": own["tokens"] / max(own["train_s"], 1e-3),
             "bytes_up_body": up[0],
             "bytes_up_embeddings": up[1],
-            "bytes_down_body": down[0],
-            "bytes_down_embeddings": down[1],
+            **self._sent[silo],
         }
 
     def _deadline_s(self, silos: int) -> float:

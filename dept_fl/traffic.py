@@ -22,23 +22,24 @@ class Traffic:
 
     Attributes:
         rounds: those in which its update was merged.
-        formula_bytes: in either direction in each of these rounds. up_bytes, down_bytes: the
-            arrays as they were on the wire.
+        formula_up, formula_down: bytes in each of these rounds. up_bytes, down_bytes: the arrays
+            as they were on the wire.
     """
 
     silo: str
     rounds: list[int]
-    formula_bytes: int
+    formula_up: int
+    formula_down: int
     up_bytes: int
     down_bytes: int
 
     @property
     def up_ratio(self) -> float:
-        return self.up_bytes / self.formula_bytes
+        return self.up_bytes / self.formula_up
 
     @property
     def down_ratio(self) -> float:
-        return self.down_bytes / self.formula_bytes
+        return self.down_bytes / self.formula_down
 
 
 def traffic(run_dir: Path) -> list[Traffic]:
@@ -54,12 +55,15 @@ def traffic(run_dir: Path) -> list[Traffic]:
     if not trained:
         raise DeptError(f"{run_dir}: no update was merged in this run, so that nothing is measured")
     try:
-        formulas = {s: cost(recipe, found, v).up_bytes for s, v in _vocabularies(events).items()}
-        return [
-            Traffic(silo, [event["round"] for event in alike], formulas[silo], up, down)
-            for silo in sorted({event["silo"] for event in trained})
-            for (up, down), alike in groupby((e for e in trained if e["silo"] == silo), _bytes)
-        ]
+        formulas = {s: cost(recipe, found, v) for s, v in _vocabularies(events).items()}
+        made = []
+        for silo in sorted({event["silo"] for event in trained}):
+            own, formula = (e for e in trained if e["silo"] == silo), formulas[silo]
+            for (whole, up, down), alike in groupby(own, _bytes):
+                expected = formula.whole_bytes if whole else formula.down_bytes
+                rounds = [event["round"] for event in alike]
+                made.append(Traffic(silo, rounds, formula.up_bytes, expected, up, down))
+        return made
     except KeyError as error:
         raise DeptError(
             f"{run_dir}/metrics.jsonl: has no {error}, which a run through Flower (`dept run`, "
@@ -97,9 +101,9 @@ def _vocabularies(events: list[Event]) -> dict[str, int]:
     return sizes
 
 
-def _bytes(event: Event) -> tuple[int, int]:
-    """Up and down, body and embeddings together."""
+def _bytes(event: Event) -> tuple[bool, int, int]:
+    """Whether all came down and not its change; up and down, body and embeddings together."""
     up, down = (
         event[f"bytes_{way}_body"] + event[f"bytes_{way}_embeddings"] for way in ("up", "down")
     )
-    return up, down
+    return event.get("down_whole", True), up, down

@@ -55,7 +55,7 @@ def state_of(server: Server, silos: dict[str, Silo]) -> dict[str, torch.Tensor]:
     for name, silo in silos.items():
         task = server.task(name)
         state = silo._state(task.start_round)
-        for part in ("embeddings", "moments"):
+        for part in ("embeddings", "moments", "lost"):
             found |= {f"{name}/{part}/{n}": t for n, t in getattr(state, part).items()}
     return found
 

@@ -65,6 +65,10 @@ def test_the_papers_schedule(runs: Path, home: Path):
     assert fresh.inner.learning_rate == 0.01
     assert trained.inner.learning_rate == 0.005
     assert fresh.silo_names == ["cat"]
+    apart = "only=[cat] inner.embedding_learning_rate=0.04"
+    jobs = made(plan(runs, home, "glob", start="random,trained"), apart, steps=0, every=0)
+    rates = [job.recipe.inner.embedding_learning_rate for job in jobs]
+    assert rates == [0.04, 0.02]
 
 
 @pytest.mark.parametrize(("sampling", "tau"), [("uniform", 0.0), ("proportional", 1.0)])

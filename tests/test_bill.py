@@ -105,9 +105,9 @@ def test_the_bill_by_hand(recipe: Make, tmp_path: Path):
     ]
     assert std.sent_a_step == body + 16 * 320
     assert trim.sent_a_step == (body + 16 * 100) / 2  # of 2 local steps
-    assert std.round_bytes == 2 * 4 * (body + 16 * 320)
-    assert trim.round_bytes == 4 * (body + 16 * 100) + 128 * (arrays + 1)
-    assert spec.round_bytes == spec_opt.round_bytes == 4 * body + 128 * arrays
+    assert std.up_bytes == 2 * 4 * (body + 16 * 320)
+    assert trim.up_bytes == 4 * (body + 16 * 100) + 128 * (arrays + 1)
+    assert spec.up_bytes == spec_opt.down_bytes == 4 * body + 128 * arrays
     assert trim.memory.optimizer == 8 * (body + 16 * 100)
     assert trim.memory.logits == 3 * 4 * (4 * 16) * 100
 

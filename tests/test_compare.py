@@ -60,6 +60,16 @@ def test_every_arm_ends_with_the_figures_of_every_silo(all_arms: dict[str, Event
         assert all(set(p["bits_per_byte"]) == expected for p in found["curve"])
 
 
+def test_curves_hold_what_was_evaluated(recipe: Make, home: Path, tmp_path: Path):
+    """Behind rounds 0 and 3 and at the end, with the same figures as of every round."""
+    arms = "std-0,spec-opt"
+    often = results(comparison(recipe(""), home, tmp_path / "often", arms))
+    seldom = results(comparison(recipe("evaluate_every=3"), home, tmp_path / "seldom", arms))
+    for name, found in seldom.items():
+        assert [point["round"] for point in found["curve"]] == [0, 3, 4]
+        assert found["curve"] == [often[name]["curve"][t] for t in (0, 3, 4)]
+
+
 def test_equal_tokens_are_equal(all_arms: dict[str, Event]):
     tokens: dict[str, float] = {}
     for found in all_arms.values():

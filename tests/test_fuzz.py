@@ -24,7 +24,7 @@ from dept_fl.config import Recipe, load_recipe, recipe_from_json
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
 from dept_fl.post import Reply, Sent
 from dept_fl.rounds import Merge, Server
-from dept_fl.silo import Registration, Update
+from dept_fl.silo import Registration, Task, Update
 from dept_fl.silo_file import SiloFile, load_silo_file
 from dept_fl.strategy import DeptStrategy
 from tests.federation import ALL_VARIANTS, InProcessGrid, start
@@ -50,10 +50,9 @@ class Door(DeptStrategy):
             self._server.add(first, update)
         self._server.close_round(first)
         self.update: Update = silos["bee"].train(self._server.task("bee"))
-        self.update.metrics["encode_s"] = 0.0  # which the ClientApp adds
         self.registration: Registration = silos["bee"].register()
         self._folder = folder
-        self._sent_bytes = {"bee": (1, 1)}
+        self._sent = {"bee": {}}
         self.refusals: list[str] = []
 
     @property
@@ -61,7 +60,7 @@ class Door(DeptStrategy):
         return self._server
 
     def genuine(self) -> RecordDict:
-        return records.update_record(self.update)
+        return records.update_record(self.update, self._recipe.wire.up)
 
     def judge(self, content: RecordDict) -> tuple[Merge, str]:
         """What became of the round when this came from bee, and why it was refused."""
@@ -85,12 +84,19 @@ def assert_fit_for_a_terminal(text: str) -> None:
     assert len(text) < 10_000
 
 
-@pytest.fixture(scope="module", params=["spec-opt", "trim"])
+DOORS = {
+    "spec-opt": ALL_VARIANTS["spec-opt"],
+    "trim": ALL_VARIANTS["trim"],
+    "int4": f"{ALL_VARIANTS['trim']} wire.up=int4 wire.down=int4",
+}
+
+
+@pytest.fixture(scope="module", params=DOORS.values(), ids=DOORS.keys())
 def door(
     request: pytest.FixtureRequest, tiny_file: Path, home: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Door:  # fmt: skip
-    recipe = load_recipe(tiny_file, ALL_VARIANTS[request.param])
+    recipe = load_recipe(tiny_file, request.param)
     return Door(recipe, home, tmp_path_factory.mktemp("door"))
 
 
@@ -363,9 +369,11 @@ def test_what_a_silo_may_say_is_merged_whatever_it_says(door: Door, data: st.Dat
     merge, reason = door.judge(content)
     assert reason == ""
     assert merge.merged == ["bee"]
-    name = next(iter(content.array_records["body"]))
-    spooled = merge.spool.get("bee", "body", door.server.layout.body)
-    sent = torch.from_numpy(content.array_records["body"][name].numpy().copy())
+    shapes = door.server.layout.body
+    name = next(iter(shapes))
+    spooled = merge.spool.get("bee", "body", shapes)
+    codec = door.server.recipe.wire.up
+    sent = records.from_record(content.array_records["body"], shapes, codec)[name]
     assert torch.equal(spooled[name], sent)
 
 
@@ -557,10 +565,17 @@ NO_ROUNDS: dict[str, list[Any]] = {
 
 
 def task_content(door: Door) -> RecordDict:
-    server, task = door.server, door.server.task("bee")
+    server, task = door.server, door.server.as_change(door.server.task("bee"))
     header = records.header_record(server.experiment, server.recipe, "bee")
-    body, embeddings = records.to_record(task.body), records.to_record(task.embeddings)
+    sent = task.change or task
+    body, embeddings = records.to_record(sent.body), records.to_record(sent.embeddings)
     return records.task_record(task, header, body, embeddings)
+
+
+def read_task(door: Door, content: RecordDict) -> Task:
+    server = door.server
+    body, embeddings = server.layout.body, server.shapes("bee")
+    return records.read_task(content, "bee", body, embeddings, server.recipe.wire.down)
 
 
 @st.composite
@@ -596,13 +611,13 @@ def test_no_mutated_task_reaches_a_silo(door: Door, data: st.DataObject):
     content = task_content(door)
     data.draw(spoiled_task(door))(content)
     with pytest.raises(DeptError):
-        records.read_task(content, "bee", door.server.layout.body, door.server.shapes("bee"))
+        read_task(door, content)
 
 
 def test_the_genuine_task_reaches_it(door: Door):
-    body, embeddings = door.server.layout.body, door.server.shapes("bee")
-    found = records.read_task(task_content(door), "bee", body, embeddings)
+    found = read_task(door, task_content(door))
     assert (found.round, found.start_round, found.keep_from) == (2, 1, 0)
+    assert (found.change is not None) == (door.server.recipe.wire.down != "fp32")
 
 
 # ---- files that people write ------------------------------------------------------------

@@ -30,7 +30,7 @@ def record(**changes: Array) -> ArrayRecord:
 
 
 def update_content(**changes: Any) -> RecordDict:
-    content = records.update_record(Update("ant", 1, TENSORS, {}, {"loss": 1.0}))
+    content = records.update_record(Update("ant", 1, TENSORS, {}, {"loss": 1.0}), "fp32")
     for name, value in changes.items():
         content[name] = value
     return content
@@ -100,7 +100,7 @@ def test_parameters_that_are_missing_or_extra_are_named():
 )
 def test_a_reply_that_is_not_an_update_is_refused(changes: dict[str, Any], reason: str):
     with pytest.raises(BadUpdate, match=reason):
-        records.read_update(update_content(**changes), SHAPES, {})
+        records.read_update(update_content(**changes), SHAPES, {}, "fp32")
 
 
 @pytest.mark.parametrize("part", ["task", "body", "metrics"])
@@ -108,7 +108,7 @@ def test_a_reply_without_one_of_its_parts_is_refused(part: str):
     content = update_content()
     del content[part]
     with pytest.raises(BadUpdate, match="has no"):
-        records.read_update(content, SHAPES, {})
+        records.read_update(content, SHAPES, {}, "fp32")
 
 
 @settings(max_examples=300, deadline=None)
@@ -217,7 +217,7 @@ def test_token_ids_of_another_kind_are_refused(array: np.ndarray):
 
 def test_records_nobody_asked_for_are_refused():
     with pytest.raises(BadUpdate, match="nobody asked for: extra"):
-        records.read_update(update_content(extra=record()), SHAPES, {})
+        records.read_update(update_content(extra=record()), SHAPES, {}, "fp32")
 
 
 def test_text_from_a_silo_cannot_forge_lines_of_the_terminal():

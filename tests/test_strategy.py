@@ -134,6 +134,17 @@ def test_bytes_follow_the_variant(recipe: Make, home: Path, tmp_path: Path):
     assert all(r["bytes_up_embeddings"] == 320 * 16 * 4 + 128 for r in seen["glob"][1].values())
 
 
+def test_evaluation_can_be_seldom(recipe: Make, home: Path, tmp_path: Path):
+    """Behind rounds 0 and 3 and at the end; what is trained stays the same."""
+    often, _ = run(recipe(""), home, tmp_path / "often")
+    seldom, _ = run(recipe("evaluate_every=3"), home, tmp_path / "seldom")
+    assert same(often.body, seldom.body)
+    evaluated = [e for e in Ledger(tmp_path / "seldom").read() if e["event"] == "silo_eval"]
+    assert [e["round"] for e in evaluated if e["silo"] == "ant"] == [0, 3, 4]
+    usual = [e for e in Ledger(tmp_path / "often").read() if e["event"] == "silo_eval"]
+    assert {e["bits_per_byte"] for e in evaluated} < {e["bits_per_byte"] for e in usual}
+
+
 @pytest.mark.parametrize("silos", [1, 12, 40])
 def test_any_number_of_silos_on_two_nodes(tmp_path: Path, recipe: Make, silos: int):
     names = [f"s{i}" for i in range(silos)]

@@ -26,6 +26,7 @@ from dept_fl.tokenizer import (
     train_sentencepiece,
 )
 from tests.conftest import sentencepiece_model
+from tests.pieces import BYTES, Pieces
 
 AWKWARD = (
     "<s>",
@@ -252,29 +253,6 @@ def test_text_of_the_training_split_is_unchanged_by_the_rewriter(
     assert rewrite(ids[1]) != ids[1]
 
 
-class FewPieces:
-    """A tokenizer's side that the rewriter sees: an end id, 256 bytes, then the given pieces."""
-
-    end_id = 0
-    fingerprint = "few"
-
-    def __init__(self, *pieces: str) -> None:
-        self._pieces = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-        self.size = len(self._pieces)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        raise NotImplementedError
-
-    def decode(self, ids: Sequence[int]) -> str:
-        raise NotImplementedError
-
-    def pieces(self) -> list[str]:
-        return self._pieces
-
-    def specials(self) -> set[int]:
-        return {0}
-
-
 @pytest.mark.parametrize(
     ("outside", "allowed", "written"),
     [
@@ -291,7 +269,7 @@ class FewPieces:
 def test_the_rewriter_takes_the_fewest_pieces(
     outside: str, allowed: list[str], written: list[str]
 ) -> None:
-    tokenizer = FewPieces(*allowed, outside)
+    tokenizer = Pieces(*BYTES, *allowed, outside)
     used = np.arange(257, tokenizer.size - 1)
     vocabulary = Vocabulary.of_training_split(tokenizer, used, "ant")
     ids = vocabulary.rewriter(tokenizer)([tokenizer.size - 1])

@@ -40,7 +40,7 @@ def test_a_run_sends_what_the_formula_says(recipe: Make, home: Path, tmp_path: P
     for each in silos:
         vocabulary = plan["silos"][each.silo]["vocabulary"]
         assert each.rounds == [1, 2]
-        assert each.formula_bytes == cost(made, found, vocabulary).up_bytes
+        assert each.formula_up == each.formula_down == cost(made, found, vocabulary).up_bytes
         assert (each.up_ratio, each.down_ratio) == (1.0, 1.0)
 
 

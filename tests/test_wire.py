@@ -1,0 +1,358 @@
+"""Fewer bytes between silos and server: what silos hold, what is lost, and when the whole goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+
+from dept_fl import records
+from dept_fl.checkpoint import load_state, round_folder, save_state
+from dept_fl.config import CODECS, Recipe
+from dept_fl.cost import cost
+from dept_fl.downlink import Downlink
+from dept_fl.errors import BadUpdate
+from dept_fl.report import Ledger
+from dept_fl.rounds import Server, last_checkpoint, pretrain
+from dept_fl.silo import Silo
+from dept_fl.strategy import DeptStrategy
+from tests.federation import ALL_VARIANTS, InProcessGrid, same, start, state_of, trained
+
+Make = Callable[..., Recipe]
+every_variant = pytest.mark.parametrize("settings", ALL_VARIANTS.values(), ids=ALL_VARIANTS.keys())
+SMALL = "wire.up=int4 wire.down=int8"
+
+
+def run(
+    recipe: Recipe,
+    home: Path,
+    run_dir: Path,
+    tamper: Callable[[Message, Message], Message | None] | None = None,
+    resume: bool = False,
+) -> tuple[Server, InProcessGrid]:
+    run_dir.mkdir(exist_ok=True)
+    grid = InProcessGrid(2, home, tamper)
+    return DeptStrategy(recipe, home, run_dir, resume, simulated=True).start(grid), grid
+
+
+def silos_of(server: Server, home: Path) -> dict[str, Silo]:
+    names = server.recipe.silo_names
+    return {name: Silo(name, server.recipe, home, server.experiment) for name in names}
+
+
+# ---- up: error feedback ------------------------------------------------------------------------
+
+
+def test_what_the_codec_lost_is_added_to_the_next_delta_by_hand(recipe: Make, home: Path):
+    """Steps of 1 (the largest is 7): 0.3 is sent as 0, 0.6 as 1, 0.9 - 1 + 0.3 = 0.2 as 0."""
+    silo = Silo("ant", recipe("wire.up=int4"), home, "a" * 12)
+    sent, lost = [], {}
+    for _ in range(4):
+        arrives, lost = silo._as_sent({"w": torch.tensor([[7.0, 0.3]])}, lost)
+        sent.append(round(float(arrives["w"][0, 1]), 6))
+    assert sent == [0.0, 1.0, 0.0, 0.0]
+    assert float(lost["w"][0, 1]) == pytest.approx(4 * 0.3 - 1)
+
+
+def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path):
+    """The same round from the same state, with and without the losses it holds."""
+    server, silos = start(recipe("wire.up=int4"), home)
+    one_round(server, silos, home)
+    ant, task = silos["ant"], server.task("ant")
+    folder = round_folder(ant._states, 1)
+    lost = ant._state(1).lost
+    assert lost.keys() == server.body.keys()
+    with_them = ant.train(task).body
+    kept = ant._state(2).lost
+    tensors, meta = load_state(folder)
+    none = {n: torch.zeros_like(t) if n.startswith("lost/") else t for n, t in tensors.items()}
+    save_state(folder, none, {k: v for k, v in meta.items() if k not in ("format", "sha256")})
+    without = ant.train(task).body
+    assert not same(with_them, without)
+    for name, tensor in with_them.items():  # sent + kept = delta + lost
+        delta = without[name] + ant._state(2).lost[name]
+        torch.testing.assert_close(tensor + kept[name], delta + lost[name])
+
+
+def test_what_a_damaged_state_had_lost_is_not_sent_twice(recipe: Make, home: Path):
+    server, silos = start(recipe("wire.up=int4"), home)
+    for _ in range(2):
+        one_round(server, silos, home)
+    file = round_folder(silos["ant"]._states, 2) / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    state = silos["ant"]._state(2)
+    assert "going on from its state of round 1" in state.warning
+    assert state.lost == {}
+
+
+def test_without_error_feedback_it_is_gone(recipe: Make, home: Path):
+    silo = Silo("ant", recipe("wire.up=int4 wire.error_feedback=false"), home, "a" * 12)
+    delta = {"w": torch.tensor([[7.0, 0.3]])}
+    for _ in range(4):
+        arrives, lost = silo._as_sent(delta, {})
+        assert arrives["w"].tolist() == [[7.0, 0.0]]
+        assert lost == {}
+
+
+def test_a_silo_keeps_what_was_lost_with_the_round_it_belongs_to(recipe: Make, home: Path):
+    """An update that was not merged leaves no trace of its losses either."""
+    made = recipe("wire.up=int4")
+    unbroken = state_of(*trained(made, home))
+    assert any("/lost/" in name for name in unbroken)
+    server, silos = start(made, home)
+    while server.round < made.rounds:
+        for silo in silos.values():
+            silo.train(server.task(silo.name))
+        one_round(server, silos, home)
+    assert same(unbroken, state_of(server, silos))
+
+
+def one_round(server: Server, silos: dict[str, Silo], folder: Path) -> None:
+    merge = server.open_round(folder)
+    for name in merge.sampled:
+        server.add(merge, silos[name].train(server.task(name)))
+    server.close_round(merge)
+
+
+# ---- down: what silos hold ---------------------------------------------------------------------
+
+
+def test_the_copy_comes_nearer_with_every_change():
+    goal = {"w": torch.randn(8, 64, generator=torch.Generator().manual_seed(0))}
+    downlink = Downlink("int4", {"w": torch.zeros(8, 64)})
+    distances = []
+    for _ in range(4):
+        downlink.follow(goal)
+        distances.append(float((goal["w"] - downlink.published["w"]).norm() / goal["w"].norm()))
+    assert distances[0] < 0.15
+    assert all(b < 0.25 * a for a, b in pairwise(distances))
+
+
+@every_variant
+def test_silos_train_from_the_copy_and_end_with_the_body_itself(
+    recipe: Make, home: Path, settings: str
+):
+    server, silos = start(recipe(f"{settings} wire.down=int4"), home)
+    one_round(server, silos, home)
+    task = server.task("ant")
+    assert not same(task.body, server.body)
+    for name, tensor in server.body.items():
+        torch.testing.assert_close(task.body[name], tensor, atol=0.02, rtol=0.2)
+    pretrain(server, silos)
+    assert same(server.task("ant").body, server.body)
+    assert server.as_change(server.task("ant")).change is None
+
+
+# ---- both ways through Flower's messages -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "wire"),
+    [
+        *((name, SMALL) for name in ALL_VARIANTS),
+        ("trim", "wire.up=bf16 wire.down=bf16"),
+        ("spec-opt", "wire.down=int4"),
+    ],
+)
+def test_flower_gives_the_tensors_of_the_plain_algorithm(
+    recipe: Make, home: Path, tmp_path: Path, variant: str, wire: str
+):
+    """Also where silos miss rounds, and so get the whole."""
+    made = recipe(f"{ALL_VARIANTS[variant]} {wire} silos_per_round=2 outer.optimizer=nesterov")
+    server, _ = run(made, home, tmp_path)
+    assert same(state_of(server, silos_of(server, home)), state_of(*trained(made, home)))
+
+
+@every_variant
+def test_killed_and_resumed_equals_unbroken(
+    recipe: Make, home: Path, tmp_path: Path, settings: str
+):
+    made = recipe(f"{settings} {SMALL}")
+    unbroken = state_of(*trained(made, home))
+    server, silos = start(made, home)
+    for _ in range(2):
+        one_round(server, silos, home)
+        server.save(tmp_path)
+    tensors, meta = last_checkpoint(tmp_path, server.recipe)
+    resumed, again = start(made, home, meta["experiment"])
+    resumed.load(tensors, meta)
+    assert (
+        resumed.as_change(resumed.task("ant")).change is None
+    )  # what changed is not in a checkpoint
+    pretrain(resumed, again)
+    assert same(unbroken, state_of(resumed, again))
+
+
+def test_the_whole_goes_to_those_who_missed_a_round_alone(recipe: Make, home: Path, tmp_path: Path):
+    server, grid = run(recipe(f"{SMALL} silos_per_round=2 rounds=6"), home, tmp_path)
+    seen = set()
+    for message in grid.sent:
+        if message.metadata.message_type != "train":
+            continue
+        task = message.content.config_records["task"]
+        silo, round_ = str(task["silo"]), int(task["round"])
+        expected = round_ > 1 and round_ - 1 in server.members[silo].merged
+        assert ("digest" in task) == expected
+        kinds = {a.numpy().dtype.name for a in message.content.array_records["body"].values()}
+        assert kinds == ({"uint8", "float32"} if expected else {"float32"})
+        seen.add(expected)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("settings", [ALL_VARIANTS["trim"], ALL_VARIANTS["spec-opt"]])
+def test_bytes_are_those_of_the_formula(
+    recipe: Make, home: Path, tmp_path: Path, settings: str, codec: str
+):
+    made = recipe(f"{settings} wire.up={codec} wire.down={codec} rounds=2")
+    server, _ = run(made, home, tmp_path)
+    rows = [e for e in Ledger(tmp_path).read() if e["event"] == "silo_train"]
+    assert len(rows) == 6
+    for row in rows:
+        vocabulary = server.registrations[row["silo"]].vocabulary
+        expected = cost(server.recipe, server.layout, vocabulary)
+        assert row["bytes_up_body"] + row["bytes_up_embeddings"] == expected.up_bytes
+        down = row["bytes_down_body"] + row["bytes_down_embeddings"]
+        assert down == (expected.whole_bytes if row["round"] == 1 else expected.down_bytes)
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------
+
+
+def spoil_what_bee_received(home: Path) -> Callable[[Message, Message], Message]:
+    """Behind round 1, bee's state is whole, but what arrived is another in it."""
+
+    def spoil(message: Message, reply: Message) -> Message:
+        task = message.content.config_records["task"]
+        if (message.metadata.message_type, task["silo"], task.get("round")) == ("train", "bee", 1):
+            folder = home / "silos" / "bee" / "state" / str(task["experiment"])
+            tensors, meta = load_state(round_folder(folder, 1))
+            name = next(n for n in tensors if n.startswith("received/"))
+            tensors[name] = tensors[name] + 1.0
+            facts = {k: v for k, v in meta.items() if k not in ("format", "sha256")}
+            save_state(round_folder(folder, 1), tensors, facts)
+        return reply
+
+    return spoil
+
+
+@pytest.mark.parametrize("settings", ["", "round_attempts=1", "quorum=0.6", "outer.merge=median"])
+def test_a_silo_that_lost_what_it_had_gets_the_whole_in_the_same_round(
+    recipe: Make, home: Path, tmp_path: Path, settings: str
+):
+    made = recipe(f"{SMALL} rounds=3 {settings}")
+    spoil = spoil_what_bee_received(home)
+    server, _ = run(made, home, tmp_path, tamper=spoil)
+    assert server.members["bee"].merged == [1, 2, 3]
+    assert same(state_of(server, silos_of(server, home)), state_of(*trained(made, home)))
+    events = Ledger(tmp_path).read()
+    warnings = [(e["round"], e["silo"]) for e in events if e["event"] == "warning"]
+    assert warnings == [(2, "bee")]
+    assert not any(e["event"] == "failure" for e in events)
+    wholes = [e["round"] for e in events if e["event"] == "silo_train" and e["silo"] == "bee"
+              and e["down_whole"]]  # fmt: skip
+    assert wholes == [1, 2]
+
+
+def test_damage_costs_a_warning_as_it_does_without_changes(
+    recipe: Make, home: Path, tmp_path: Path
+):
+    def flip(message: Message, reply: Message) -> Message:
+        task = message.content.config_records["task"]
+        if (message.metadata.message_type, task["silo"], task.get("round")) == ("train", "bee", 2):
+            folder = home / "silos" / "bee" / "state" / str(task["experiment"])
+            file = round_folder(folder, 2) / "tensors.safetensors"
+            file.write_bytes(file.read_bytes()[:-1])
+        return reply
+
+    server, _ = run(recipe(f"{SMALL} round_attempts=1"), home, tmp_path, tamper=flip)
+    assert server.members["bee"].merged == [1, 2, 3, 4]
+    told = [e["reason"] for e in Ledger(tmp_path).read() if e["event"] == "warning"]
+    assert len(told) == 2  # it gets all, and goes on from the state before
+    assert all("going on from its state of round 1" in each for each in told)
+
+
+def test_a_silo_that_never_has_enough_fails_the_round_as_any_other(
+    recipe: Make, home: Path, tmp_path: Path
+):
+    """A hostile one could else keep the server sending."""
+
+    def never(message: Message, reply: Message) -> Message:
+        task = message.content.config_records["task"]
+        if message.metadata.message_type == "train" and task["silo"] == "bee":
+            reply.content["task"] = ConfigRecord({"error": "more", "needs_whole": True})
+        return reply
+
+    server, grid = run(recipe(f"{SMALL} quorum=0.6"), home, tmp_path, tamper=never)
+    assert server.members["bee"].merged == []
+    asked = [m.content.config_records["task"] for m in grid.sent
+             if m.metadata.message_type == "train"]  # fmt: skip
+    assert sum(task["silo"] == "bee" for task in asked) == 8  # twice in each of four rounds
+
+
+def test_a_change_of_what_a_silo_never_had_is_refused(recipe: Make, home: Path):
+    server, silos = start(recipe(SMALL), home)
+    one_round(server, silos, home)
+    task = server.as_change(server.task("ant"))
+    assert task.change is not None
+    header = records.header_record(server.experiment, server.recipe, "ant")
+    body = records.to_record(task.change.body)
+    never = replace(task, start_round=0, keep_from=0)
+    content = records.task_record(never, header, body, records.to_record({}))
+    answer = InProcessGrid(1, home)._answer(Message(content, 1000, "train"))
+    reason = str(answer.content.config_records["task"]["error"])
+    assert "a change for round 2, of what is behind round 0" in reason
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [
+        (lambda a: a.astype(np.int8), "is int8, expected uint8"),
+        (lambda a: a[:, :-1].copy(), "expected"),
+        (lambda a: a.astype(np.float32), "is float32, expected uint8"),
+    ],
+)
+def test_arrays_of_another_form_than_the_codecs_are_refused(
+    recipe: Make, home: Path, spoiled: Callable[[np.ndarray], np.ndarray], reason: str
+):
+    server, silos = start(recipe("wire.up=int4"), home)
+    content = records.update_record(silos["ant"].train(server.task("ant")), "int4")
+    shapes = server.layout.body
+    name = next(n for n, shape in shapes.items() if len(shape) == 2)
+    arrays = dict(content.array_records["body"])
+    content["body"] = ArrayRecord({**arrays, name: Array(spoiled(arrays[name].numpy()))})
+    with pytest.raises(BadUpdate, match=reason):
+        records.read_update(content, shapes, {}, "int4")
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_any_bytes_of_a_hostile_silo_are_judged_as_values(recipe: Make, home: Path, codec: str):
+    """Scales of 2^127, of infinity or NaN: refused as a whole, or as large as their norm says."""
+    server, silos = start(recipe(f"wire.up={codec}"), home)
+    content = records.update_record(silos["ant"].train(server.task("ant")), codec)
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(30):
+        arrays = {
+            name: Array(generator.integers(0, 256, array.numpy().nbytes, np.uint8)
+                        .view(array.numpy().dtype).reshape(array.numpy().shape))
+            for name, array in content.array_records["body"].items()
+        }  # fmt: skip
+        content["body"] = ArrayRecord(arrays)
+        update = records.read_update(content, server.layout.body, {}, codec)
+        try:
+            server.check(server.open_round(home), update)
+        except BadUpdate:
+            refused += 1
+    assert refused == 30
+
+
+def test_no_more_is_fetched_than_the_codec_makes(recipe: Make):
+    shapes = {"w": (1024, 1024)}
+    assert records.largest_reply(shapes, "fp32") - records.largest_reply(shapes, "int4") > 3_600_000
