@@ -1,4 +1,4 @@
-"""Codecs: bytes, speed, error of one delta, and what they do to the end of a run.
+"""Codecs and fragments: bytes, speed, error of one delta, and what they do to a run's end.
 
 python -m benchmarks.codec [--recipe conf/handbook.yaml] [--silos de,ja,ru] [--seeds 1]
                            [--numbers 25000000] [--out FOLDER] [--json FILE] [--quick]
@@ -39,6 +39,9 @@ WIRES = {
     "up int4, no feedback": "wire.up=int4 wire.error_feedback=false",
     "up int4, down int8": "wire.up=int4 wire.down=int8",
     "up int4, down int4": "wire.up=int4 wire.down=int4",
+    "2 fragments": "wire.fragments=2",
+    "4 fragments": "wire.fragments=4",
+    "2 fragments, up int4, down int8": "wire.fragments=2 wire.up=int4 wire.down=int8",
 }
 
 

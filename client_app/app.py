@@ -118,10 +118,4 @@ def _in_time(message: Message, context: Context) -> AbstractContextManager[None]
 
 
 def _task(message: Message, silo: Silo) -> Task:
-    return records.read_task(
-        message.content,
-        silo.name,
-        silo.layout.body,
-        silo.received_embedding_shapes,
-        silo.recipe.wire.down,
-    )
+    return records.read_task(message.content, silo)

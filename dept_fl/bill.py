@@ -118,7 +118,8 @@ class Share:
 
     Attributes:
         sent_a_step: parameters in one direction, by optimiser step.
-        up_bytes, down_bytes: of a round, with the recipe's codecs where silos are averaged.
+        up_bytes, down_bytes: of a round, with the recipe's codecs where silos are averaged; with
+            fragments, of the first round.
     """
 
     method: str
@@ -145,19 +146,22 @@ def bill(recipe: Recipe, known: Vocabularies) -> list[Share]:
     """
     found = layout(recipe.model, recipe.sequence_tokens)
     kind, steps = blocks(recipe.model, recipe.sequence_tokens), recipe.inner.local_steps
+    due = found.synchronised(recipe, 1)
     shares = []
     for method in METHODS:
         for silo, size in known.of(method).items():
             held = parameters(found, size.tokens)
+            share_of_body = 1 if method == "std" else recipe.wire.fragments
+            sent = replace(held, body=held.body // share_of_body)
             share = Share(
                 method=method,
                 silo=silo,
                 vocabulary=size,
                 parameters=held,
                 memory=memory(recipe, found, kind, size.tokens),
-                sent_a_step=sent_a_step(method, held, steps),
-                up_bytes=round_bytes(method, found, size.tokens, steps, recipe.wire.up),
-                down_bytes=round_bytes(method, found, size.tokens, steps, recipe.wire.down),
+                sent_a_step=sent_a_step(method, sent, steps),
+                up_bytes=round_bytes(method, found, size.tokens, steps, recipe.wire.up, due),
+                down_bytes=round_bytes(method, found, size.tokens, steps, recipe.wire.down, due),
             )
             shares.append(share)
     return shares

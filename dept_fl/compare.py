@@ -193,7 +193,10 @@ def _federation(job: Job, folder: Path, home: Path) -> Event:
     for name, silo in silos.items():
         metrics, _, _ = silo.finish(server.task(name))
         ledger.write("silo_eval", silo=name, round=server.round, **metrics)
-    costs = {n: cost(recipe, server.layout, r.vocabulary) for n, r in server.registrations.items()}
+    costs = {
+        name: [cost(recipe, server.layout, r.vocabulary, t + 1) for t in range(recipe.rounds)]
+        for name, r in server.registrations.items()
+    }
     sequences = _sequences_seen(silos, {n: len(m.merged) for n, m in server.members.items()})
     return _facts(
         ledger,
@@ -202,8 +205,8 @@ def _federation(job: Job, folder: Path, home: Path) -> Event:
             name: Share(
                 stream=silo.stream,
                 tokens=sequences[name] * recipe.sequence_tokens,
-                parameters=costs[name].held_parameters,
-                bytes_up=0 if job.silo else costs[name].up_bytes * recipe.rounds,
+                parameters=costs[name][0].held_parameters,
+                bytes_up=0 if job.silo else sum(made.up_bytes for made in costs[name]),
             )
             for name, silo in silos.items()
         },

@@ -197,11 +197,20 @@ class WireConfig:
             them whole; with the others they go whole, in fp32, where a silo does not have those of
             the round before (its first round, one that it missed, a server that was started
             again), and in the end.
+        fragments: parts of the body that are synchronised in turn, one a round, and all in the
+            last (Streaming DiLoCo, Douillard et al. 2025); of the others each silo trains its own.
+            1 synchronises the whole body in each round.
     """
 
     up: str = "fp32"
     error_feedback: bool = True
     down: str = "fp32"
+    fragments: int = 1
+
+    @property
+    def sends_changes(self) -> bool:
+        """Whether what comes down builds on what the silo has of the round before."""
+        return self.down != "fp32" or self.fragments > 1
 
 
 @dataclass(frozen=True)
@@ -292,6 +301,11 @@ class Recipe:
     def evaluates(self, rounds_done: int) -> bool:
         """Whether the body is evaluated behind so many rounds."""
         return rounds_done % self.evaluate_every == 0 or rounds_done == self.rounds
+
+    def fragments_due(self, round_: int) -> list[int]:
+        """The fragments of the body that are synchronised in a round, from 0."""
+        count = self.wire.fragments
+        return list(range(count)) if round_ >= self.rounds else [(round_ - 1) % count]
 
     @property
     def own_tokenizers(self) -> bool:
@@ -687,6 +701,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("inner.warmup_steps", recipe.inner.warmup_steps, 0),
         ("inner.rewarm_steps", recipe.inner.rewarm_steps, 0),
         ("inner.newcomer_steps", recipe.inner.newcomer_steps, 0),
+        ("wire.fragments", recipe.wire.fragments, 1),
     )
     for key, value, least in at_least:
         if value < least:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -58,22 +58,33 @@ def sent_a_step(method: str, held: Parameters, local_steps: int) -> float:
     return float(sent) if method == "std" else sent / local_steps
 
 
-def wire_bytes(shapes: Mapping[str, tuple[int, ...]], codec: str = "fp32") -> int:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def wire_bytes(shapes: Shapes, codec: str = "fp32") -> int:
     """Bytes of these tensors as arrays of a message, each with its header."""
     return sum(form(codec, shape).bytes + _NPY_HEADER_BYTES for shape in shapes.values())
 
 
 def round_bytes(
-    method: str, layout: Layout, vocabulary: int, local_steps: int, codec: str = "fp32"
+    method: str,
+    layout: Layout,
+    vocabulary: int,
+    local_steps: int,
+    codec: str = "fp32",
+    body: Shapes | None = None,
 ) -> int:
     """Bytes in one direction in N_local steps.
 
     STD is data parallelism, in which a worker sends a bare fp32 gradient in every step.
+
+    Args:
+        body: what is synchronised of it in the round; None: all.
     """
     if method == "std":
         return parameters(layout, vocabulary).total * _FP32_BYTES * local_steps
     embeddings = layout.embeddings(vocabulary) if sends_embeddings(method) else {}
-    return wire_bytes({**layout.body, **embeddings}, codec)
+    return wire_bytes({**(layout.body if body is None else body), **embeddings}, codec)
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,9 @@ class Cost:
 
     Attributes:
         held_parameters: body, embeddings of its vocabulary, positions.
-        up_parameters: what it sends, and as many come down.
-        up_bytes, down_bytes: the same on the wire, with array headers.
+        up_parameters: what it sends.
+        up_bytes: the same on the wire, with array headers.
+        down_bytes: what comes down to it, which with fragments is that of the round before.
         whole_bytes: what comes down in fp32, to a silo that did not take part in the round before.
     """
 
@@ -94,14 +106,20 @@ class Cost:
     whole_bytes: int
 
 
-def cost(recipe: Recipe, layout: Layout, vocabulary: int) -> Cost:
-    """Of a silo of this recipe whose vocabulary has this size."""
+def cost(recipe: Recipe, layout: Layout, vocabulary: int, round_: int = 1) -> Cost:
+    """Of a silo of this recipe whose vocabulary has this size; with fragments, in this round."""
     held, steps = parameters(layout, vocabulary), recipe.inner.local_steps
+    of_this, of_last = (layout.synchronised(recipe, r) for r in (round_, round_ - 1))
     up, down, whole = (
-        round_bytes(recipe.label, layout, vocabulary, steps, codec)
-        for codec in (recipe.wire.up, recipe.wire.down, "fp32")
+        round_bytes(recipe.label, layout, vocabulary, steps, codec, body)
+        for codec, body in (
+            (recipe.wire.up, of_this),
+            (recipe.wire.down, of_last),
+            ("fp32", layout.body),
+        )
     )
-    return Cost(held.total, sent_parameters(recipe.label, held), up, down, whole)
+    sent = replace(held, body=sum(map(prod, of_this.values())))
+    return Cost(held.total, sent_parameters(recipe.label, sent), up, down, whole)
 
 
 # ---- memory ------------------------------------------------------------------------------------

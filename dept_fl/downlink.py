@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dept_fl.checkpoint import Tensors, under_prefix, with_prefix
 from dept_fl.codec import decode, encode
 
@@ -22,10 +24,11 @@ class Downlink:
         self.published = {name: tensor.clone() for name, tensor in parameters.items()}
         self.change: Tensors | None = None
 
-    def follow(self, parameters: Tensors) -> None:
-        """Come as near to the parameters as one change does."""
+    def follow(self, parameters: Tensors, names: Iterable[str]) -> None:
+        """Come as near to the parameters of these names as one change does."""
         self.change = {}
-        for name, own in self.published.items():
+        for name in names:
+            own = self.published[name]
             self.change[name] = encode(self._codec, parameters[name] - own)
             own += decode(self._codec, self.change[name], tuple(own.shape))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dept_fl.checkpoint import Tensors
-from dept_fl.config import ModelConfig
+from dept_fl.config import ModelConfig, Recipe
 from dept_fl.errors import ConfigError
 
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_BLOCK = re.compile(r".*?\.\d+\.")  # of the parameters of one block: "model.layers.3."
 _PROBE_VOCABULARY = 307  # any size; a body tensor of this size on any axis does not matter
 
 
@@ -51,6 +53,32 @@ class Layout:
         body = {name: parameters[name] for name in self.body}
         embeddings = {name: parameters[name] for name in (*self.tokens, *self.positions)}
         return body, embeddings
+
+    def fragments(self, count: int) -> list[dict[str, tuple[int, ...]]]:
+        """The body in `count` parts of whole blocks: block i is in part i mod `count`.
+
+        What lies behind a block, such as the final norm, goes with it.
+
+        Raises:
+            ConfigError: the body has fewer blocks.
+        """
+        parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
+        blocks: list[str] = []
+        for name, shape in self.body.items():
+            block = _BLOCK.match(name)
+            if block and block[0] not in blocks:
+                blocks.append(block[0])
+            parts[max(len(blocks) - 1, 0) % count][name] = shape
+        if not all(parts):
+            have = f"the model has {len(blocks)} blocks; set it to as many at most"
+            raise ConfigError([f"wire.fragments={count}: {have}"])
+        return parts
+
+    def synchronised(self, recipe: Recipe, round_: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the body's tensors whose deltas are merged in a round: with fragments, some."""
+        fragments = self.fragments(recipe.wire.fragments)
+        due = [fragments[i] for i in recipe.fragments_due(round_)]
+        return {name: shape for fragment in due for name, shape in fragment.items()}
 
     def body_parameters(self) -> int:
         return _count(self.body)

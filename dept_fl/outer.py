@@ -32,10 +32,13 @@ class OuterOptimizer:
         self._optimizer = _torch_optimizer(config, others, rows)
 
     def step(self, mean: Tensors, unheld: torch.Tensor) -> None:
-        """One step; token rows in `unheld` keep their value and their moments."""
+        """One step of the parameters in `mean`; the others stay as they are.
+
+        Token rows in `unheld` keep their value and their moments.
+        """
         before = {key: tensor[unheld] for key, tensor in self._row_state().items()}
-        for name, parameter in self.parameters.items():
-            parameter.grad = mean[name].neg_()
+        for name, delta in mean.items():
+            self.parameters[name].grad = delta.neg_()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for key, tensor in self._row_state().items():

@@ -31,7 +31,7 @@ from dept_fl.checkpoint import Tensors
 from dept_fl.codec import Form, decode, encode, form
 from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
 from dept_fl.errors import BadUpdate, DeptError, NeedsWhole
-from dept_fl.silo import Change, Registration, Task, Update
+from dept_fl.silo import Change, Registration, Silo, Task, Update
 
 BODY, EMBEDDINGS, TASK, METRICS, ROWS = "body", "embeddings", "task", "metrics", "rows"
 QUERY_REGISTER = "query.register"
@@ -306,11 +306,8 @@ def task_record(
     return content
 
 
-def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes, codec: str) -> Task:
+def read_task(content: RecordDict, silo: Silo) -> Task:
     """A task from the server. Shapes are the silo's own, from the recipe's model.
-
-    Args:
-        codec: of a change.
 
     Raises:
         DeptError: it is not one.
@@ -320,23 +317,23 @@ def read_task(content: RecordDict, silo: str, body: Shapes, embeddings: Shapes, 
         round_, start, keep = (_whole(record, k) for k in ("round", "start_round", "keep_from"))
         if not 0 <= keep <= start < round_:
             raise BadUpdate(f"its rounds are not in order: {keep}, {start}, {round_}")
-        task = Task(silo, round_, start, keep, body={}, embeddings={})
+        task = Task(silo.name, round_, start, keep, body={}, embeddings={})
         came = content.array_records[BODY]
         came_too = content.array_records.get(EMBEDDINGS, ArrayRecord())
+        embeddings, codec = silo.received_embedding_shapes, silo.recipe.wire.down
         if "digest" not in record:
-            return replace(
-                task, body=from_record(came, body), embeddings=from_record(came_too, embeddings)
-            )
+            body = from_record(came, silo.layout.body)
+            return replace(task, body=body, embeddings=from_record(came_too, embeddings))
         if start != round_ - 1:
             raise BadUpdate(f"a change for round {round_}, of what is behind round {start}")
         change = Change(
-            encoded_from_record(came, body, codec),
+            encoded_from_record(came, silo.layout.synchronised(silo.recipe, start), codec),
             encoded_from_record(came_too, embeddings, codec),
             str(record["digest"]),
         )
         return replace(task, change=change)
     except (BadUpdate, KeyError) as error:
-        raise DeptError(f"silo {silo}: the server's message is not usable: {error}") from error
+        raise DeptError(f"silo {silo.name}: the server's message is not usable: {error}") from error
 
 
 def update_record(update: Update, codec: str) -> RecordDict:

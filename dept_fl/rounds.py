@@ -40,8 +40,10 @@ from dept_fl.silo import Change, Registration, Task, Update
 from dept_fl.tokenizer import load_tokenizer
 from dept_fl.variants import variant
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 _CHECKPOINTS_KEPT = 2
-_PARTS = ("body", "embeddings")
+_EMBEDDINGS = "embeddings"
 _LARGEST_FIRST = 10.0  # times what a delta changes, while there is no delta to compare with
 
 
@@ -92,7 +94,8 @@ class Merge:
     """A round in the making: the accepted updates, on disk.
 
     Attributes:
-        norms: of each accepted update, by silo and part; its keys are the silos merged.
+        norms: of each accepted update, by silo and part (`Server.parts`); its keys are the silos
+            merged.
     """
 
     round: int
@@ -107,6 +110,15 @@ class Merge:
     @property
     def missing(self) -> list[str]:
         return sorted(set(self.sampled) - set(self.norms))
+
+    @property
+    def parts(self) -> list[str]:
+        """What each accepted update has a norm of."""
+        return list(next(iter(self.norms.values())))
+
+    def body_norm(self, silo: str) -> float:
+        """Of a silo's delta."""
+        return math.hypot(*(n for part, n in self.norms[silo].items() if part != _EMBEDDINGS))
 
 
 @dataclass
@@ -152,12 +164,13 @@ class Server:
         self.shared = shared
         self._variant = variant(recipe.variant)
         self._norms = Norms()
+        self._fragments = self.layout.fragments(recipe.wire.fragments)
         body = initial_body(recipe.model, recipe.sequence_tokens, self.layout, recipe.seed)
         tokens = self.layout.tokens if self._variant.embeddings_travel else {}
         self._outer = OuterOptimizer(recipe.outer, {**body, **self._embeddings()}, tokens)
         self._body_digest: str | None = None  # of what is published
         self._downlink: Downlink | None = None
-        if recipe.wire.down != "fp32":
+        if recipe.wire.sends_changes:
             self._downlink = Downlink(recipe.wire.down, {**self.body, **self.embeddings})
 
     # ---- the algorithm ---------------------------------------------------------------------
@@ -195,7 +208,7 @@ class Server:
         """What `silo` gets in the round after this one, or for the final evaluation."""
         member = self.members[silo]
         oldest = max(0, self.round - _CHECKPOINTS_KEPT + 1)
-        body, embeddings = self._parts(self.outgoing)
+        body, embeddings = self._split(self.outgoing)
         return Task(
             silo=silo,
             round=self.round + 1,
@@ -210,7 +223,7 @@ class Server:
         downlink = self._downlink if self.round < self.recipe.rounds else None
         if downlink is None or downlink.change is None or task.start_round != self.round:
             return task
-        body, embeddings = self._parts(downlink.change)
+        body, embeddings = self._split(downlink.change)
         if self._body_digest is None:
             self._body_digest = digest(task.body)  # one for all silos
         change = Change(
@@ -228,8 +241,8 @@ class Server:
             return self._downlink.published
         return {**self.body, **self.embeddings}
 
-    def _parts(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        body = {name: tensors[name] for name in self.layout.body}
+    def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        body = {name: t for name, t in tensors.items() if name in self.layout.body}
         return body, {name: t for name, t in tensors.items() if name not in body}
 
     def open_round(self, folder: Path) -> Merge:
@@ -243,8 +256,9 @@ class Server:
             BadUpdate: the update may not be merged; nothing of it was kept.
         """
         norms = self.check(merge, update)
-        merge.spool.put(update.silo, "body", update.body)
-        merge.spool.put(update.silo, "embeddings", update.embeddings)
+        given = {**update.body, **update.embeddings}
+        for part, shapes in self.parts(update.silo, merge.round).items():
+            merge.spool.put(update.silo, part, {name: given[name] for name in shapes})
         merge.norms[update.silo] = norms
 
     def check(self, merge: Merge, update: Update) -> dict[str, float]:
@@ -259,12 +273,13 @@ class Server:
             raise BadUpdate(f"comes from silo {update.silo!r}, which was not sampled")
         if update.silo in merge.norms:
             raise BadUpdate("is a second one in the same round")
-        norms = {
-            "body": _norm("body", update.body, self.layout.body),
-            "embeddings": _norm("embeddings", update.embeddings, self.shapes(update.silo)),
-        }
-        for part, own in (("body", self.body), ("embeddings", self.embeddings)):
-            self._check_norm(part, norms[part], own)
+        _check_names("body", update.body, self.layout.synchronised(self.recipe, merge.round))
+        _check_names(_EMBEDDINGS, update.embeddings, self.shapes(update.silo))
+        given, own = {**update.body, **update.embeddings}, {**self.body, **self.embeddings}
+        norms = {}
+        for part, shapes in self.parts(update.silo, merge.round).items():
+            norms[part] = _norm(part, given, shapes)
+            self._check_norm(part, norms[part], {name: own[name] for name in shapes})
         return norms
 
     def _check_norm(self, part: str, norm: float, own: Tensors) -> None:
@@ -288,6 +303,15 @@ class Server:
         """Shapes of the embeddings that travel between the server and this silo."""
         return self._variant.shapes(self.layout, self.registrations[silo].vocabulary)
 
+    def parts(self, silo: str, round_: int) -> dict[str, dict[str, tuple[int, ...]]]:
+        """What is merged of a silo's update, in parts that each have a norm of their own."""
+        if len(self._fragments) == 1:
+            body = {"body": self._fragments[0]}
+        else:
+            due = self.recipe.fragments_due(round_)
+            body = {f"body {i + 1}": self._fragments[i] for i in due}
+        return {**body, _EMBEDDINGS: self.shapes(silo)}
+
     def has_quorum(self, merge: Merge) -> bool:
         needed = math.ceil(self.recipe.quorum * len(merge.sampled) - 1e-9)  # 0.28 * 25 is not 7
         return len(merge.norms) >= max(needed, 1)
@@ -307,37 +331,42 @@ class Server:
                 f"silos answered well (missing: {', '.join(merge.missing)}), below "
                 f"quorum={self.recipe.quorum}"
             )
-        scales = {part: self._scales(merge, part) for part in _PARTS}
-        body, _ = self._merged(merge, "body", scales["body"])
-        embeddings, unheld = self._merged(merge, "embeddings", scales["embeddings"])
-        self._outer.step({**body, **embeddings}, unheld)
+        scales = {part: self._scales(merge, part) for part in merge.parts}
+        mean, unheld = self._merged(merge, _EMBEDDINGS, scales.pop(_EMBEDDINGS))
+        for part in scales:
+            mean |= self._merged(merge, part, scales[part])[0]
+        changed = list(mean)
+        self._outer.step(mean, unheld)
         self.round = merge.round
-        del body, embeddings  # so that a change does not come on top of them
+        del mean  # so that a change does not come on top of it
         if self._downlink and self.round < self.recipe.rounds:
-            self._downlink.follow({**self.body, **self.embeddings})
+            self._downlink.follow({**self.body, **self.embeddings}, changed)
             self._body_digest = None
         for name in merge.merged:
             self.members[name].merged.append(merge.round)
-        return {name: scale for name, scale in scales["body"].items() if scale < 1.0}
+        least = {name: min(scales[part][name] for part in scales) for name in merge.merged}
+        return {name: scale for name, scale in least.items() if scale < 1.0}
 
     def _scales(self, merge: Merge, part: str) -> dict[str, float]:
         """What each delta is multiplied with, so that no norm is over the limit."""
         norms = {name: merge.norms[name][part] for name in merge.merged}
         limit = self._norms.limit(part, self.recipe.outer.clip_delta, list(norms.values()))
-        self._norms.add(part, [min(norm, limit) for norm in norms.values()])
+        if part == _EMBEDDINGS or merge.round >= len(self._fragments):
+            # A fragment's first delta is of fewer rounds than those to come.
+            self._norms.add(part, [min(norm, limit) for norm in norms.values()])
         return {name: 1.0 if norm <= limit else limit / norm for name, norm in norms.items()}
 
     def _merged(
         self, merge: Merge, part: str, scales: Mapping[str, float]
     ) -> tuple[Tensors, torch.Tensor]:
-        own = self.body if part == "body" else self.embeddings
         deltas = []
         for name in merge.merged:  # sorted: the sum must not depend on who answered first
-            shapes = self.layout.body if part == "body" else self.shapes(name)
-            rows = self.registrations[name].rows if part == "embeddings" else None
+            shapes = self.parts(name, merge.round)[part]
+            rows = self.registrations[name].rows if part == _EMBEDDINGS else None
             deltas.append(Delta(merge.spool.get(name, part, shapes), rows, scales[name]))
-        tokens = self.layout.tokens if part == "embeddings" and own else {}
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        if part == _EMBEDDINGS:
+            shapes = {name: tuple(tensor.shape) for name, tensor in self.embeddings.items()}
+        tokens = self.layout.tokens if part == _EMBEDDINGS and shapes else {}
         return merged(deltas, shapes, tokens, self.recipe.outer)
 
     # ---- members ---------------------------------------------------------------------------
@@ -498,13 +527,17 @@ def _digest_of(rows: torch.Tensor | None) -> str:
     return "" if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
-def _norm(part: str, given: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """L2 norm over all tensors of a part, which must be those that were asked for."""
+def _check_names(what: str, given: Tensors, shapes: Shapes) -> None:
     if given.keys() != shapes.keys():
         names = sorted(given.keys() ^ shapes.keys())
-        raise BadUpdate(f"{part}: parameters missing or not asked for: {', '.join(names[:3])}")
+        raise BadUpdate(f"{what}: parameters missing or not asked for: {', '.join(names[:3])}")
+
+
+def _norm(part: str, given: Tensors, shapes: Shapes) -> float:
+    """L2 norm over the tensors of a part, which must be of these shapes."""
     square_sum = 0.0
-    for name, tensor in given.items():
+    for name in shapes:
+        tensor = given[name]
         if tensor.dtype != torch.float32:
             raise BadUpdate(f"{part}: {name} is {tensor.dtype}, expected torch.float32")
         if tuple(tensor.shape) != shapes[name]:

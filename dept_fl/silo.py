@@ -136,8 +136,9 @@ class _State:
     Attributes:
         position: sequences taken from its stream.
         lost: of its deltas by the codec (error feedback).
-        received: body and embeddings as they arrived in that round, kept where `wire.down` needs
-            them.
+        received: body and embeddings as they arrived in that round, kept where the next ones come
+            as a change.
+        body: its own, trained, of the fragments that were not synchronised in that round.
     """
 
     position: int = 0
@@ -145,6 +146,7 @@ class _State:
     moments: Tensors = field(default_factory=dict)
     lost: Tensors = field(default_factory=dict)
     received: Tensors = field(default_factory=dict)
+    body: Tensors = field(default_factory=dict)
     warning: str = ""
 
 
@@ -274,16 +276,18 @@ class Silo:
         settle_s = time.perf_counter() - began - load_s
         due = self.recipe.evaluates(task.round - 1)
         arrived = _evaluation_metrics(self._evaluate(model)) if due else {}
+        self._go_on_with_own(model, task, state)
         evaluate_s = time.perf_counter() - began - load_s - settle_s
         training = self._train(model, task, state)
         saving = time.perf_counter()
         body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
         delta = {name: after[name] - embeddings[name] for name in after}
-        body_delta = {name: tensor - task.body[name] for name, tensor in body.items()}
+        asked = self.layout.synchronised(self.recipe, task.round)
+        body_delta = {name: body.pop(name) - task.body[name] for name in asked}
         norms = {"body_delta_norm": norm(body_delta), "embedding_delta_norm": norm(delta)}
         sent, lost = self._as_sent({**body_delta, **self._variant.sent(delta)}, state.lost)
         encode_s = time.perf_counter() - saving
-        self._save(task, state, after, training, lost)
+        self._save(task, replace(state, body=body, lost=lost), after, training)
         save_s = time.perf_counter() - saving - encode_s
         metrics = {
             **arrived,
@@ -365,6 +369,7 @@ class Silo:
             moments=moments,
             lost=under_prefix("lost", tensors),
             received=under_prefix("received", tensors),
+            body=under_prefix("body", tensors),
         )
 
     def _whole(self, task: Task, state: _State) -> Task:
@@ -377,14 +382,15 @@ class Silo:
         if change is None:
             return task
         added = {**change.body, **change.embeddings}
-        if state.warning or state.received.keys() != added.keys():
+        if state.warning or not added.keys() <= state.received.keys():
             raise NeedsWhole(
                 state.warning or f"kept nothing that arrived in round {task.round - 1}"
             )
-        whole = {}
-        for name, before in state.received.items():
-            whole[name] = before + decode(codec, added[name], tuple(before.shape))
-        body = {name: whole.pop(name) for name in change.body}
+        whole = dict(state.received)
+        for name, tensor in added.items():
+            before = state.received[name]
+            whole[name] = before + decode(codec, tensor, tuple(before.shape))
+        body = {name: whole.pop(name) for name in self.layout.body}
         if digest(body) + digest(whole) != change.digest:
             raise NeedsWhole(
                 f"what arrived in round {task.round - 1}, with what has changed since, is not what "
@@ -421,6 +427,14 @@ class Silo:
         for parameter in body:
             parameter.requires_grad_(True)
         return replace(state, position=state.position + steps * inner.batch_size)
+
+    def _go_on_with_own(self, model: PreTrainedModel, task: Task, state: _State) -> None:
+        """Put the silo's own body in place of what the server has not changed since."""
+        into = dict(cast(nn.Module, model).named_parameters())
+        with torch.no_grad():
+            for name, tensor in state.body.items():
+                if torch.equal(task.body[name], state.received[name]):
+                    into[name].copy_(tensor)
 
     def _start_embeddings(self, task: Task, state: _State) -> Tensors:
         if self._variant.embeddings_travel:
@@ -489,13 +503,11 @@ class Silo:
             sent[name] = through(wire.up, delta)
             if wire.error_feedback:
                 kept[name] = delta.sub_(sent[name])
-        return sent, kept
+        return sent, {**lost, **kept}  # of fragments that are not sent now, too
 
-    def _save(
-        self, task: Task, state: _State, embeddings: Tensors, training: Training, lost: Tensors
-    ) -> None:
-        tensors = with_prefix("lost", lost)
-        if self.recipe.wire.down != "fp32":
+    def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
+        tensors = {**with_prefix("lost", state.lost), **with_prefix("body", state.body)}
+        if self.recipe.wire.sends_changes:
             tensors |= with_prefix("received", {**task.body, **task.embeddings})
         if not self._variant.embeddings_travel:
             tensors |= with_prefix("embeddings", embeddings)

@@ -490,15 +490,16 @@ class DeptStrategy(Strategy):
                 silo=silo,
                 kind=task.kind,
                 round=task.round,
-                largest_reply=self._largest_reply(silo),
+                largest_reply=self._largest_reply(silo, task.round),
                 due=task.deadline,
             )
             for silo in silos
         ]
         self._post.send(messages, sent)
 
-    def _largest_reply(self, silo: str) -> int:
-        arrays = {**self._server.layout.body, **self._server.shapes(silo)}
+    def _largest_reply(self, silo: str, round_: int) -> int:
+        body = self._server.layout.synchronised(self._recipe, round_)
+        arrays = {**body, **self._server.shapes(silo)}
         return records.largest_reply(arrays, self._recipe.wire.up)
 
     def _task_messages(self, body: ArrayRecord, config: ConfigRecord, kind: str) -> list[Message]:
@@ -533,10 +534,9 @@ class DeptStrategy(Strategy):
 
     def _accept(self, message: Message, reply: Reply) -> Event:
         content, silo = records.content_of(message), reply.sent.silo
-        shapes = self._server.shapes(silo)
-        update = records.read_update(
-            content, self._server.layout.body, shapes, self._recipe.wire.up
-        )
+        body = self._server.layout.synchronised(self._recipe, self._merge.round)
+        embeddings = self._server.shapes(silo)
+        update = records.read_update(content, body, embeddings, self._recipe.wire.up)
         if update.silo != silo:
             raise BadUpdate(f"answers for silo {update.silo!r}")
         due = self._recipe.evaluates(update.round - 1)
@@ -551,12 +551,11 @@ class DeptStrategy(Strategy):
         if update.warning:
             self._warning(update.round, silo, update.warning)
         up = records.split_bytes(content)
-        norms = self._merge.norms[silo]
         return {
             "silo": silo,
             **evaluated,
             **own,
-            "body_delta_norm": norms["body"],
+            "body_delta_norm": self._merge.body_norm(silo),
             "transfer_s": reply.fetch_s,
             "tokens_per_s": own["tokens"] / max(own["train_s"], 1e-3),
             "bytes_up_body": up[0],

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from dept_fl.checkpoint import load_meta, round_folder, rounds_on_disk
 from dept_fl.config import Recipe, recipe_from_json
-from dept_fl.cost import cost
+from dept_fl.cost import Cost, cost
 from dept_fl.errors import DeptError
 from dept_fl.model import layout
 from dept_fl.report import Event
@@ -55,15 +54,12 @@ def traffic(run_dir: Path) -> list[Traffic]:
     if not trained:
         raise DeptError(f"{run_dir}: no update was merged in this run, so that nothing is measured")
     try:
-        formulas = {s: cost(recipe, found, v) for s, v in _vocabularies(events).items()}
-        made = []
-        for silo in sorted({event["silo"] for event in trained}):
-            own, formula = (e for e in trained if e["silo"] == silo), formulas[silo]
-            for (whole, up, down), alike in groupby(own, _bytes):
-                expected = formula.whole_bytes if whole else formula.down_bytes
-                rounds = [event["round"] for event in alike]
-                made.append(Traffic(silo, rounds, formula.up_bytes, expected, up, down))
-        return made
+        sizes = _vocabularies(events)
+        alike: dict[tuple[str, int, int, int, int], list[int]] = {}
+        for event in sorted(trained, key=lambda event: (event["silo"], event["round"])):
+            formula = cost(recipe, found, sizes[event["silo"]], event["round"])
+            alike.setdefault((event["silo"], *_bytes(event, formula)), []).append(event["round"])
+        return [Traffic(silo, rounds, *sent) for (silo, *sent), rounds in alike.items()]
     except KeyError as error:
         raise DeptError(
             f"{run_dir}/metrics.jsonl: has no {error}, which a run through Flower (`dept run`, "
@@ -101,9 +97,10 @@ def _vocabularies(events: list[Event]) -> dict[str, int]:
     return sizes
 
 
-def _bytes(event: Event) -> tuple[bool, int, int]:
-    """Whether all came down and not its change; up and down, body and embeddings together."""
+def _bytes(event: Event, formula: Cost) -> tuple[int, int, int, int]:
+    """By the formula up and down, and measured; body and embeddings together."""
     up, down = (
         event[f"bytes_{way}_body"] + event[f"bytes_{way}_embeddings"] for way in ("up", "down")
     )
-    return event.get("down_whole", True), up, down
+    whole = event.get("down_whole", True)
+    return formula.up_bytes, formula.whole_bytes if whole else formula.down_bytes, up, down

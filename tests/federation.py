@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.app import app as client_app
 from dept_fl.config import Recipe
 from dept_fl.rounds import Server, pretrain, shared_tokenizer
-from dept_fl.silo import Silo, with_shared_tokenizer
+from dept_fl.silo import Silo, Update, with_shared_tokenizer
+from dept_fl.strategy import DeptStrategy
+
+Tamper = Callable[[Message, Message], Message | None]
 
 ALL_VARIANTS = {
     "glob": "variant=glob tokenizer=shared",
@@ -42,6 +46,39 @@ def trained(recipe: Recipe, home: Path) -> tuple[Server, dict[str, Silo]]:
     server, silos = start(recipe, home)
     pretrain(server, silos)
     return server, silos
+
+
+def train_round(server: Server, silos: Mapping[str, Silo]) -> dict[str, Update]:
+    """One round of the plain algorithm with those of the sampled silos that are given."""
+    updates = {}
+    with TemporaryDirectory() as folder:
+        merge = server.open_round(Path(folder))
+        for name in merge.sampled:
+            if name in silos:
+                updates[name] = silos[name].train(server.task(name))
+                server.add(merge, updates[name])
+        server.close_round(merge)
+    return updates
+
+
+def run(
+    recipe: Recipe,
+    home: Path,
+    run_dir: Path,
+    nodes: int = 2,
+    tamper: Tamper | None = None,
+    resume: bool = False,
+) -> tuple[Server, InProcessGrid]:
+    """The whole run through Flower's messages."""
+    run_dir.mkdir(exist_ok=True)
+    grid = InProcessGrid(nodes, home, tamper)
+    return DeptStrategy(recipe, home, run_dir, resume, simulated=True).start(grid), grid
+
+
+def silos_of(server: Server, home: Path) -> dict[str, Silo]:
+    """The silos of a run, to look at what they keep."""
+    names = server.recipe.silo_names
+    return {name: Silo(name, server.recipe, home, server.experiment) for name in names}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -76,7 +113,7 @@ class InProcessGrid(Grid):
         self,
         nodes: int | list[Path],
         home: Path,
-        tamper: Callable[[Message, Message], Message | None] | None = None,
+        tamper: Tamper | None = None,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self._home, self._tamper = home, tamper

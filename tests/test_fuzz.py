@@ -49,6 +49,7 @@ class Door(DeptStrategy):
         for update in updates.values():
             self._server.add(first, update)
         self._server.close_round(first)
+        self.silo = silos["bee"]
         self.update: Update = silos["bee"].train(self._server.task("bee"))
         self.registration: Registration = silos["bee"].register()
         self._folder = folder
@@ -88,6 +89,7 @@ DOORS = {
     "spec-opt": ALL_VARIANTS["spec-opt"],
     "trim": ALL_VARIANTS["trim"],
     "int4": f"{ALL_VARIANTS['trim']} wire.up=int4 wire.down=int4",
+    "fragments": f"{ALL_VARIANTS['spec-opt']} rounds=4 wire.fragments=2",
 }
 
 
@@ -369,9 +371,10 @@ def test_what_a_silo_may_say_is_merged_whatever_it_says(door: Door, data: st.Dat
     merge, reason = door.judge(content)
     assert reason == ""
     assert merge.merged == ["bee"]
-    shapes = door.server.layout.body
+    part = merge.parts[0]
+    shapes = door.server.parts("bee", 2)[part]
     name = next(iter(shapes))
-    spooled = merge.spool.get("bee", "body", shapes)
+    spooled = merge.spool.get("bee", part, shapes)
     codec = door.server.recipe.wire.up
     sent = records.from_record(content.array_records["body"], shapes, codec)[name]
     assert torch.equal(spooled[name], sent)
@@ -380,7 +383,9 @@ def test_what_a_silo_may_say_is_merged_whatever_it_says(door: Door, data: st.Dat
 def test_the_genuine_update_is_merged(door: Door):
     merge, reason = door.judge(door.genuine())
     assert (merge.merged, reason) == (["bee"], "")
-    spooled: Tensors = merge.spool.get("bee", "body", door.server.layout.body)
+    spooled: Tensors = {}
+    for part, shapes in door.server.parts("bee", 2).items():
+        spooled |= merge.spool.get("bee", part, shapes)
     assert all(torch.equal(spooled[name], tensor) for name, tensor in door.update.body.items())
 
 
@@ -573,9 +578,7 @@ def task_content(door: Door) -> RecordDict:
 
 
 def read_task(door: Door, content: RecordDict) -> Task:
-    server = door.server
-    body, embeddings = server.layout.body, server.shapes("bee")
-    return records.read_task(content, "bee", body, embeddings, server.recipe.wire.down)
+    return records.read_task(content, door.silo)
 
 
 @st.composite
@@ -617,7 +620,7 @@ def test_no_mutated_task_reaches_a_silo(door: Door, data: st.DataObject):
 def test_the_genuine_task_reaches_it(door: Door):
     found = read_task(door, task_content(door))
     assert (found.round, found.start_round, found.keep_from) == (2, 1, 0)
-    assert (found.change is not None) == (door.server.recipe.wire.down != "fp32")
+    assert (found.change is not None) == door.server.recipe.wire.sends_changes
 
 
 # ---- files that people write ------------------------------------------------------------

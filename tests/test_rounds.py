@@ -15,7 +15,7 @@ from dept_fl.config import Recipe, load_recipe
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
 from dept_fl.rounds import Server, SharedTokenizer, last_checkpoint, pretrain
 from dept_fl.silo import Registration, Silo, Task, Update
-from tests.federation import ALL_VARIANTS, same, start, state_of, trained
+from tests.federation import ALL_VARIANTS, same, start, state_of, train_round, trained
 
 Make = Callable[..., Recipe]
 every_variant = pytest.mark.parametrize("settings", ALL_VARIANTS.values(), ids=ALL_VARIANTS.keys())
@@ -145,7 +145,7 @@ def test_killed_at_round_2_of_4_and_resumed_equals_unbroken(
     unbroken = state_of(*trained(made, home))
     server, silos = start(made, home)
     for _ in range(2):
-        train_one_round(server, silos)
+        train_round(server, silos)
         server.save(tmp_path)
     silos["ant"].train(server.task("ant"))  # killed in the middle of round 3
     tensors, meta = last_checkpoint(tmp_path, server.recipe)
@@ -156,14 +156,6 @@ def test_killed_at_round_2_of_4_and_resumed_equals_unbroken(
     assert same(unbroken, state_of(resumed, again))
 
 
-def train_one_round(server: Server, silos: dict) -> None:
-    with TemporaryDirectory() as folder:
-        merge = server.open_round(Path(folder))
-        for name in merge.sampled:
-            server.add(merge, silos[name].train(server.task(name)))
-        server.close_round(merge)
-
-
 def test_an_update_that_was_not_merged_leaves_no_trace(recipe: Make, home: Path):
     """A silo trains, its reply is lost, the round is tried again: as if nothing had been."""
     unbroken = state_of(*trained(recipe(), home))
@@ -171,7 +163,7 @@ def test_an_update_that_was_not_merged_leaves_no_trace(recipe: Make, home: Path)
     for _ in range(4):
         for silo in silos.values():
             silo.train(server.task(silo.name))
-        train_one_round(server, silos)
+        train_round(server, silos)
     assert same(unbroken, state_of(server, silos))
 
 
@@ -284,7 +276,7 @@ def test_resuming_with_other_settings_names_them(recipe: Make, home: Path, tmp_p
 
 def test_a_silo_without_the_state_it_should_start_from_says_so(recipe: Make, home: Path):
     server, silos = start(recipe(), home)
-    train_one_round(server, silos)
+    train_round(server, silos)
     server.experiment = "f" * 12
     lost = type(silos["ant"])("ant", server.recipe, home, "f" * 12)
     with pytest.raises(DeptError, match="round-00001"):
@@ -303,7 +295,7 @@ def test_settings_that_change_nothing_may_change_on_resume(
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipe: Make, home: Path, tmp_path: Path):
     server, silos = start(recipe(), home)
     server.save(tmp_path)
-    train_one_round(server, silos)
+    train_round(server, silos)
     server.save(tmp_path)
     damage(tmp_path / "checkpoints" / "round-00001" / "tensors.safetensors")
     with pytest.warns(UserWarning, match=r"round-00001.*damaged.*round before"):
@@ -331,7 +323,7 @@ def test_text_that_changed_between_rounds_is_noticed(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     made = load_recipe(tmp_path / "tiny.yaml", settings)
     server, silos = start(made, tmp_path / "home")
-    train_one_round(server, silos)
+    train_round(server, silos)
     lines = (tmp_path / "ant.jsonl").read_text().splitlines()
     (tmp_path / "ant.jsonl").write_text("\n".join(lines[:-1]))
     changed = Silo("ant", server.recipe, tmp_path / "home", server.experiment)

@@ -15,28 +15,20 @@ from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
 from dept_fl.report import Ledger
 from dept_fl.rounds import Server, pretrain
-from dept_fl.silo import Silo
-from dept_fl.strategy import DeptStrategy
 from tests.conftest import write_text
-from tests.federation import ALL_VARIANTS, InProcessGrid, same, start, state_of, trained
+from tests.federation import (
+    ALL_VARIANTS,
+    Tamper,
+    run,
+    same,
+    silos_of,
+    start,
+    state_of,
+    trained,
+)
 
 Make = Callable[..., Recipe]
-Tamper = Callable[[Message, Message], Message | None]
 every_variant = pytest.mark.parametrize("settings", ALL_VARIANTS.values(), ids=ALL_VARIANTS.keys())
-
-
-def run(
-    recipe: Recipe, home: Path, run_dir: Path, nodes: int = 2, tamper: Tamper | None = None,
-    resume: bool = False,
-) -> tuple[Server, InProcessGrid]:  # fmt: skip
-    run_dir.mkdir(exist_ok=True)
-    grid = InProcessGrid(nodes, home, tamper)
-    return DeptStrategy(recipe, home, run_dir, resume, simulated=True).start(grid), grid
-
-
-def silos_of(server: Server, home: Path) -> dict[str, Silo]:
-    names = server.recipe.silo_names
-    return {name: Silo(name, server.recipe, home, server.experiment) for name in names}
 
 
 @every_variant

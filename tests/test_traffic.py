@@ -16,16 +16,10 @@ from dept_fl.cost import cost
 from dept_fl.errors import DeptError
 from dept_fl.model import layout
 from dept_fl.report import Ledger
-from dept_fl.strategy import DeptStrategy
 from dept_fl.traffic import recipe_of, traffic
-from tests.federation import ALL_VARIANTS, InProcessGrid
+from tests.federation import ALL_VARIANTS, run
 
 Make = Callable[..., Recipe]
-
-
-def run(recipe: Recipe, home: Path, run_dir: Path) -> None:
-    run_dir.mkdir()
-    DeptStrategy(recipe, home, run_dir, False, simulated=True).start(InProcessGrid(2, home))
 
 
 @pytest.mark.parametrize("settings", ALL_VARIANTS.values(), ids=ALL_VARIANTS.keys())

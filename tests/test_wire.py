@@ -19,31 +19,23 @@ from dept_fl.cost import cost
 from dept_fl.downlink import Downlink
 from dept_fl.errors import BadUpdate
 from dept_fl.report import Ledger
-from dept_fl.rounds import Server, last_checkpoint, pretrain
+from dept_fl.rounds import last_checkpoint, pretrain
 from dept_fl.silo import Silo
-from dept_fl.strategy import DeptStrategy
-from tests.federation import ALL_VARIANTS, InProcessGrid, same, start, state_of, trained
+from tests.federation import (
+    ALL_VARIANTS,
+    InProcessGrid,
+    run,
+    same,
+    silos_of,
+    start,
+    state_of,
+    train_round,
+    trained,
+)
 
 Make = Callable[..., Recipe]
 every_variant = pytest.mark.parametrize("settings", ALL_VARIANTS.values(), ids=ALL_VARIANTS.keys())
 SMALL = "wire.up=int4 wire.down=int8"
-
-
-def run(
-    recipe: Recipe,
-    home: Path,
-    run_dir: Path,
-    tamper: Callable[[Message, Message], Message | None] | None = None,
-    resume: bool = False,
-) -> tuple[Server, InProcessGrid]:
-    run_dir.mkdir(exist_ok=True)
-    grid = InProcessGrid(2, home, tamper)
-    return DeptStrategy(recipe, home, run_dir, resume, simulated=True).start(grid), grid
-
-
-def silos_of(server: Server, home: Path) -> dict[str, Silo]:
-    names = server.recipe.silo_names
-    return {name: Silo(name, server.recipe, home, server.experiment) for name in names}
 
 
 # ---- up: error feedback ------------------------------------------------------------------------
@@ -63,7 +55,7 @@ def test_what_the_codec_lost_is_added_to_the_next_delta_by_hand(recipe: Make, ho
 def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path):
     """The same round from the same state, with and without the losses it holds."""
     server, silos = start(recipe("wire.up=int4"), home)
-    one_round(server, silos, home)
+    train_round(server, silos)
     ant, task = silos["ant"], server.task("ant")
     folder = round_folder(ant._states, 1)
     lost = ant._state(1).lost
@@ -83,7 +75,7 @@ def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path
 def test_what_a_damaged_state_had_lost_is_not_sent_twice(recipe: Make, home: Path):
     server, silos = start(recipe("wire.up=int4"), home)
     for _ in range(2):
-        one_round(server, silos, home)
+        train_round(server, silos)
     file = round_folder(silos["ant"]._states, 2) / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     state = silos["ant"]._state(2)
@@ -109,15 +101,8 @@ def test_a_silo_keeps_what_was_lost_with_the_round_it_belongs_to(recipe: Make, h
     while server.round < made.rounds:
         for silo in silos.values():
             silo.train(server.task(silo.name))
-        one_round(server, silos, home)
+        train_round(server, silos)
     assert same(unbroken, state_of(server, silos))
-
-
-def one_round(server: Server, silos: dict[str, Silo], folder: Path) -> None:
-    merge = server.open_round(folder)
-    for name in merge.sampled:
-        server.add(merge, silos[name].train(server.task(name)))
-    server.close_round(merge)
 
 
 # ---- down: what silos hold ---------------------------------------------------------------------
@@ -128,7 +113,7 @@ def test_the_copy_comes_nearer_with_every_change():
     downlink = Downlink("int4", {"w": torch.zeros(8, 64)})
     distances = []
     for _ in range(4):
-        downlink.follow(goal)
+        downlink.follow(goal, goal)
         distances.append(float((goal["w"] - downlink.published["w"]).norm() / goal["w"].norm()))
     assert distances[0] < 0.15
     assert all(b < 0.25 * a for a, b in pairwise(distances))
@@ -139,7 +124,7 @@ def test_silos_train_from_the_copy_and_end_with_the_body_itself(
     recipe: Make, home: Path, settings: str
 ):
     server, silos = start(recipe(f"{settings} wire.down=int4"), home)
-    one_round(server, silos, home)
+    train_round(server, silos)
     task = server.task("ant")
     assert not same(task.body, server.body)
     for name, tensor in server.body.items():
@@ -177,14 +162,13 @@ def test_killed_and_resumed_equals_unbroken(
     unbroken = state_of(*trained(made, home))
     server, silos = start(made, home)
     for _ in range(2):
-        one_round(server, silos, home)
+        train_round(server, silos)
         server.save(tmp_path)
     tensors, meta = last_checkpoint(tmp_path, server.recipe)
     resumed, again = start(made, home, meta["experiment"])
     resumed.load(tensors, meta)
-    assert (
-        resumed.as_change(resumed.task("ant")).change is None
-    )  # what changed is not in a checkpoint
+    change = resumed.as_change(resumed.task("ant")).change
+    assert change is None  # it is not in a checkpoint
     pretrain(resumed, again)
     assert same(unbroken, state_of(resumed, again))
 
@@ -298,7 +282,7 @@ def test_a_silo_that_never_has_enough_fails_the_round_as_any_other(
 
 def test_a_change_of_what_a_silo_never_had_is_refused(recipe: Make, home: Path):
     server, silos = start(recipe(SMALL), home)
-    one_round(server, silos, home)
+    train_round(server, silos)
     task = server.as_change(server.task("ant"))
     assert task.change is not None
     header = records.header_record(server.experiment, server.recipe, "ant")
