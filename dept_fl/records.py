@@ -4,9 +4,10 @@
 |----------------|---------------------------------|------------------------------------------|
 | query          | recipe                          | names of the silos on the node           |
 | query.register | recipe, silo                    | counts and sizes; in TRIM the ids of V_k |
-| train          | recipe, silo, rounds, body; in  | deltas of the same tensors, metrics      |
+| train          | recipe, silo, rounds, body; in  | deltas of what is due, metrics           |
 |                | GLOB and TRIM embeddings; or of |                                          |
-|                | both the change (wire.down)     |                                          |
+|                | both the change (wire.down,     |                                          |
+|                | wire.fragments)                 |                                          |
 | evaluate       | as train, always whole          | metrics; a sample where it is shared     |
 
 In SPEC no array but the body's, and no token string or id, ever crosses.
