@@ -82,7 +82,8 @@ class Registration:
 
 @dataclass(frozen=True)
 class Change:
-    """What travels in place of a task's body and embeddings: their change (`wire.down`).
+    """What travels in place of a task's body and embeddings: their change (`wire.down`,
+    `wire.fragments`).
 
     Attributes:
         body, embeddings: encoded.
@@ -382,7 +383,7 @@ class Silo:
         if change is None:
             return task
         added = {**change.body, **change.embeddings}
-        if state.warning or not added.keys() <= state.received.keys():
+        if state.warning or not state.received.keys() >= {*self.layout.body, *added}:
             raise NeedsWhole(
                 state.warning or f"kept nothing that arrived in round {task.round - 1}"
             )
