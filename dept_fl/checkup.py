@@ -247,12 +247,18 @@ class Checkup:
         return Finding("FAILED", f"{words}, which is less; {mend}", facts)
 
     def _disk(self) -> Finding:
-        home, silo = self._silo_file.home, self._silo
-        body = silo.layout.body_parameters()
+        home, silo, recipe = self._silo_file.home, self._silo, self._own_recipe
+        body, wire = silo.layout.body_parameters(), recipe.wire
         held = body + silo.layout.embedding_parameters(silo.stream.vocabulary.size)
-        moments = 2 * held if self._own_recipe.inner.state == "keep" else 0
-        final = held
-        needed = _FP32_BYTES * (_KEPT_STATES * (held - body + moments) + final)
+        kept = held - body  # its embeddings
+        if recipe.inner.state == "keep":
+            kept += 2 * held
+        if wire.up != "fp32" and wire.error_feedback:
+            kept += body
+        if wire.sends_changes:
+            kept += body  # as it came
+        kept += body - body // wire.fragments  # of its own
+        needed = _FP32_BYTES * (_KEPT_STATES * kept + held)
         free = shutil.disk_usage(home).free
         words = f"{size(needed)} for the silo's states, {size(free)} free in {home}"
         facts = {"state_bytes": needed, "free_bytes": free}

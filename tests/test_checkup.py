@@ -27,7 +27,7 @@ from dept_fl.progress import Progress
 from dept_fl.silo import Silo, Task
 from dept_fl.silo_file import load_silo_file
 from dept_fl.trial import Trial, try_step
-from tests.conftest import sentencepiece_model, write_text
+from tests.conftest import SETTINGS, sentencepiece_model, write_text
 from tests.test_superlink import https_server, no_proxy  # noqa: F401 (a fixture)
 
 CHECKS = [
@@ -317,7 +317,12 @@ def test_a_full_disk_is_noticed_before_the_run(
 
 
 @pytest.mark.usefixtures("fast")
-def test_the_states_on_disk_are_counted_as_they_are_written(silo: Path, tiny_file: Path) -> None:
+@pytest.mark.parametrize("wire", ["{up: fp32}", "{up: int4, down: int8}", "{fragments: 2}"])
+def test_the_states_on_disk_are_counted_as_they_are_written(
+    silo: Path, tiny_file: Path, wire: str
+) -> None:
+    tiny_file = tiny_file.with_name("wired.yaml")
+    tiny_file.write_text(f"{SETTINGS}wire: {wire}\n")
     file = load_silo_file(silo)
     recipe = file.over(load_recipe(tiny_file))
     own = Silo("ant", recipe, file.home, "0123456789ab")
