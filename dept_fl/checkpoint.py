@@ -52,6 +52,22 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for as long as the block lasts.
+
+    What a killed process leaves of it is removed with the other leftovers.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent)
+    folder = _hidden(parent / "scratch", "draft")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _hidden(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{uuid4().hex[:8]}.{kind}")
 

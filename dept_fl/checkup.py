@@ -203,6 +203,8 @@ class Checkup:
         inner, trial = self._own_recipe.inner, self._trial
         tokens_per_s = inner.batch_size * self._own_recipe.sequence_tokens / trial.step_s
         device = "the GPU" if trial.gpu_bytes else "the CPU"
+        if (processes := self._own_recipe.processes) > 1:
+            device = f"{processes} GPUs" if trial.gpu_bytes else f"the CPU in {processes} processes"
         words = f"{trial.step_s:.2f} s on {device}, {tokens_per_s:,.0f} tokens/s"
         load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
         if load > _BUSY * cores:

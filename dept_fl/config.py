@@ -34,6 +34,8 @@ FREE_ON_RESUME = frozenset(
         "round_timeout_s",
         "largest_delta",
         "device",
+        "processes",
+        "parallel",
         "share_samples",
         "sample_tokens",
         "evaluate_every",
@@ -47,6 +49,7 @@ TOKENIZERS = ("own", "shared")
 INNER_STATES = ("keep", "reset")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+PARALLEL = ("ddp", "fsdp")
 INNER_OPTIMIZERS = ("adamw", "muon")
 OUTER_OPTIMIZERS = ("average", "nesterov", "adam")
 CODECS = ("fp32", "bf16", "int8", "int4")
@@ -131,7 +134,8 @@ class InnerConfig:
             comes up to its schedule.
         local_steps: N_local, optimiser steps of a silo in one round.
         batch_size: sequences in one step.
-        micro_batch_size: sequences in one forward pass (gradient accumulation); 0 = batch_size.
+        micro_batch_size: sequences in one forward pass of one process (gradient accumulation);
+            0: all that a process has of a batch.
         state: `keep` the optimiser's moments on the silo between rounds, or `reset` them.
         newcomer_steps: steps with the body frozen that a silo with fresh embeddings of its own
             takes before its first round, if that is not round 1: a trained body would otherwise
@@ -244,6 +248,10 @@ class Recipe:
             median of the norms merged before.
         evaluate_every: silos evaluate the body that arrives in round 1 and every so many rounds
             behind it; the final body always.
+        processes: that share each step of a silo's training, one on each of its GPUs; they give
+            what one would give. Evaluation is the first GPU's.
+        parallel: how they share it: `ddp`, with the whole model on each GPU, or `fsdp`, with a
+            part of it on each.
         share_samples: whether silos send text that their model wrote to the server; null
             means yes in simulation; in a deployment the silo's file decides.
         arms: what arms of a comparison (`dept compare`) have of their own, such as
@@ -279,6 +287,8 @@ class Recipe:
     evaluate_every: int = 1
     deduplicate: bool = True
     device: str = "auto"
+    processes: int = 1
+    parallel: str = "ddp"
     share_samples: bool | None = None
     sample_tokens: int = 64
     arms: list[str] = field(default_factory=list)
@@ -647,12 +657,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     kind = recipe.model.config.get("model_type", "" if not recipe.model.preset else "preset")
     if not isinstance(kind, str) or not kind:
         yield "model: set model.preset (a file of conf/models) or model.config.model_type"
-    micro = recipe.inner.sequences_per_pass
-    if recipe.inner.batch_size > 0 and (micro < 1 or recipe.inner.batch_size % micro):
-        yield (
-            f"inner.micro_batch_size={micro}: must divide inner.batch_size="
-            f"{recipe.inner.batch_size}"
-        )
+    yield from _shares(recipe)
     if recipe.inner.warmup_steps > recipe.total_steps > 0:
         yield (
             f"inner.warmup_steps={recipe.inner.warmup_steps}: longer than the whole schedule of "
@@ -666,11 +671,31 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _silos(recipe)
 
 
+def _shares(recipe: Recipe) -> Iterator[str]:
+    """Batches that do not divide over processes and passes."""
+    inner, processes = recipe.inner, recipe.processes
+    batch, micro = inner.batch_size, inner.micro_batch_size
+    if batch < 1 or micro < 0 or processes < 1:
+        return  # told by `_ranges`
+    of = f"inner.batch_size={batch}"
+    if batch % processes:
+        yield f"processes={processes}: must divide {of}"
+    elif micro and batch // processes % micro:
+        over = f" over processes={processes}" if processes > 1 else ""
+        yield f"inner.micro_batch_size={micro}: must divide {of}{over}"
+    if processes > 1 and recipe.parallel == "fsdp" and inner.optimizer == "muon":
+        yield (
+            "parallel=fsdp with inner.optimizer=muon: it needs whole matrices; set parallel=ddp or "
+            "inner.optimizer=adamw"
+        )
+
+
 def _choices(recipe: Recipe) -> Iterator[str]:
     for key, value, allowed in (
         ("variant", recipe.variant, VARIANTS),
         ("tokenizer", recipe.tokenizer, TOKENIZERS),
         ("device", recipe.device, DEVICES),
+        ("parallel", recipe.parallel, PARALLEL),
         ("inner.optimizer", recipe.inner.optimizer, INNER_OPTIMIZERS),
         ("inner.state", recipe.inner.state, INNER_STATES),
         ("inner.precision", recipe.inner.precision, PRECISIONS),
@@ -695,6 +720,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         ("sample_tokens", recipe.sample_tokens, 0),
         ("validation_max_bytes", recipe.validation_max_bytes, 1),
         ("evaluate_every", recipe.evaluate_every, 1),
+        ("processes", recipe.processes, 1),
         ("inner.local_steps", recipe.inner.local_steps, 1),
         ("inner.batch_size", recipe.inner.batch_size, 1),
         ("inner.micro_batch_size", recipe.inner.micro_batch_size, 0),

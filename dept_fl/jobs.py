@@ -88,7 +88,7 @@ def _run_jobs(
     began, done, whole = time.monotonic(), 0, sum(job.work for job in left)
     # Started afresh, not forked: threads of PyTorch do not survive a fork.
     threads = max(1, cores // parallel)
-    with ProcessPoolExecutor(parallel, get_context("spawn"), _begin, (threads,)) as pool:
+    with ProcessPoolExecutor(parallel, get_context("spawn"), begin_worker, (threads,)) as pool:
         running: dict[Future[Event], Job] = {
             pool.submit(run_job, job, out, home): job for job in left
         }
@@ -125,7 +125,8 @@ def _check_folders(jobs: Sequence[Job], out: Path) -> None:
             )
 
 
-def _begin(threads: int) -> None:
+def begin_worker(threads: int) -> None:
+    """What a process does first that works for another: it ends when that one does."""
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -198,6 +198,11 @@ def build(
         return _from_config(_config(model, vocabulary, sequence_tokens, end_id))
 
 
+def with_config(config: PretrainedConfig) -> PreTrainedModel:
+    """A model like the one that has this config, with fresh parameters."""
+    return _from_config(config)
+
+
 def initial_body(model: ModelConfig, sequence_tokens: int, found: Layout, seed: int) -> Tensors:
     """theta before round 1: the same for every variant of a seed."""
     fresh = build(model, _PROBE_VOCABULARY, sequence_tokens, seed_of(seed, "body"))

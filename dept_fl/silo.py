@@ -46,8 +46,9 @@ from dept_fl.data import (
 from dept_fl.errors import DamagedState, DeptError, NeedsWhole
 from dept_fl.evaluate import Evaluation, bits_per_byte, evaluate, sample
 from dept_fl.model import Layout, build, initial_embeddings, join, layout, norm, parameters, seed_of
+from dept_fl.parallel import Workers
 from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
-from dept_fl.train import Schedule, Sequences, Training, pick_device, train
+from dept_fl.train import Schedule, Sequences, Training, pick_device
 from dept_fl.variants import variant
 
 
@@ -230,7 +231,11 @@ class Silo:
 
     @cached_property
     def _device(self) -> torch.device:
-        return pick_device(self.recipe.device)
+        return pick_device(self.recipe.device, self.recipe.processes)
+
+    @property
+    def _workers(self) -> Workers:
+        return Workers(self.recipe.processes, self.recipe.parallel, self.folder)
 
     @property
     def received_embedding_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -259,7 +264,7 @@ class Silo:
             duplicates=self.corpus.duplicates,
             lossy_documents=stream.lossy_documents,
             unigram_bits_per_byte=unigram,
-            step_s=self._measure_step(),
+            step_s=self.try_step().step_s,
             prepare_s=prepare_s,
             on_gpu=self._device.type == "cuda",
             rows=torch.from_numpy(stream.vocabulary.ids) if self._variant.rows_known else None,
@@ -478,7 +483,7 @@ class Silo:
                 schedule = Schedule(first, total)
                 position, moments = state.position, state.moments
                 own = (*self.layout.tokens, *self.layout.positions)
-                return train(model, batches, inner, schedule, position, moments, own)
+                return self._workers.train(model, batches, inner, schedule, position, moments, own)
             except DeptError as error:
                 raise DeptError(f"silo {self.name}: {error}") from error
 
@@ -519,18 +524,13 @@ class Silo:
         save_state(round_folder(self._states, task.round), tensors, meta)
         drop_rounds_before(self._states, min(task.keep_from, task.start_round))
 
-    def _measure_step(self) -> float:
-        """Seconds of a training step, on a model that is thrown away."""
+    def try_step(self) -> Training:
+        """Training of two steps, the first of which pays for warming up; the model is dropped."""
         recipe = self.recipe
         model = build(recipe.model, self.stream.vocabulary.size, recipe.sequence_tokens, 0)
         batches = Batches(self.stream, recipe.sequence_tokens, seed=0)
-        steps = replace(recipe.inner, local_steps=1)
-        seconds = 0.0
-        for _ in range(2):  # the first one pays for warming up
-            schedule = Schedule(0, recipe.total_steps)
-            once = train(_on(model, self._device), batches, steps, schedule, 0, {})
-            seconds = once.seconds
-        return seconds
+        steps, schedule = replace(recipe.inner, local_steps=2), Schedule(0, recipe.total_steps)
+        return self._workers.train(_on(model, self._device), batches, steps, schedule, 0, {})
 
 
 def has_shared_tokenizer(recipe: Recipe, home: Path) -> bool:

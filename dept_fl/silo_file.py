@@ -31,6 +31,8 @@ _LOCAL = {
     "validation_max_bytes": "validation_max_bytes",
     "deduplicate": "deduplicate",
     "device": "device",
+    "processes": "processes",
+    "parallel": "parallel",
     "share_samples": "share_samples",
     "micro_batch_size": "inner.micro_batch_size",
 }
@@ -64,6 +66,8 @@ _WORDS = {
     "validation_fraction": "share of the documents kept for validation",
     "validation_max_bytes": "but no more than so much text",
     "device": "auto, cpu or cuda",
+    "processes": "that train together, one on each GPU",
+    "parallel": "ddp: the whole model on each GPU; fsdp: a part on each",
     "micro_batch_size": "sequences in one pass; fewer take less memory, 0: a batch",
     "share_samples": "whether the server gets a text that the model writes",
     "share_embeddings": "whether GLOB and TRIM may send its embeddings",
@@ -117,8 +121,9 @@ class SiloFile:
 
     def alone(self) -> Recipe:
         """A recipe without a server's part: enough for the text, the tokenizer and the tokens."""
-        micro = self.settings["inner.micro_batch_size"]
-        batch = micro if isinstance(micro, int) and micro > 0 else 1
+        batch = 1
+        for factor in (self.settings["inner.micro_batch_size"], self.settings["processes"]):
+            batch *= factor if isinstance(factor, int) and factor > 0 else 1
         least = {"inner.batch_size": batch, "sequence_tokens": 2}  # no text is too short for it
         return self.over(
             with_settings(Recipe(), {"model.config": {"model_type": "llama"}, **least})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,6 +19,7 @@ from dept_fl.checkpoint import Tensors
 from dept_fl.config import InnerConfig
 from dept_fl.errors import DeptError
 from dept_fl.outer import load_optimizer_state, optimizer_state
+from dept_fl.world import World
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Training:
     Attributes:
         loss: mean training loss over the steps, nats per token; `last_loss`: of the last step.
         gradient_norm: mean over the steps, before clipping.
+        seconds: of all steps; `step_s`: of the last one, which pays for no warming up.
+        gpu_peak_bytes: the most memory that this process had at once on its GPU; 0 on the CPU.
         optimizer: the optimiser's state behind the last step.
     """
 
@@ -36,6 +39,8 @@ class Training:
     gradient_norm: float
     tokens: int
     seconds: float
+    step_s: float
+    gpu_peak_bytes: int
     optimizer: Tensors
 
 
@@ -88,6 +93,7 @@ def train(
     position: int,
     moments: Tensors,
     embeddings: Collection[str] = (),
+    world: World | None = None,
 ) -> Training:
     """Train `model` in place for N_local steps.
 
@@ -95,34 +101,46 @@ def train(
         position: sequences that were taken from the stream so far.
         moments: the optimiser's state of the silo's last round; empty to begin afresh.
         embeddings: names of the parameters that are no part of the body.
+        world: the processes that share each step; None: this one is alone.
 
     Raises:
         DeptError: the loss is not finite.
     """
+    world = world or World()
+    model.train()
+    objective = world.share(Objective(model))  # first: FSDP replaces the model's parameters
     device = next(model.parameters()).device
     precision = autocast(inner.precision, device)
     named = dict(model.named_parameters())
     optimizers = _optimizers(named, inner, embeddings)
+    moments = world.split(moments, named)
     for optimizer in optimizers:
         load_optimizer_state(optimizer, named, _of_optimizer(optimizer, named, moments))
-    losses, norms = [], []
-    began = time.perf_counter()
-    model.train()
+    own = inner.batch_size // world.size
+    losses: list[torch.Tensor] = []
+    norms: list[torch.Tensor] = []
+    began = last_began = time.perf_counter()
     for step in range(schedule.first, schedule.first + inner.local_steps):
+        if losses and step == schedule.first + inner.local_steps - 1:
+            losses[-1].item()  # a GPU works behind Python's back
+            last_began = time.perf_counter()
         rates = {
             "body": schedule.body_rate(inner, step),
             "embeddings": schedule.embedding_rate(inner, step),
         }
-        sequences = torch.from_numpy(batches.at(position, inner.batch_size)).to(device)
+        sequences = torch.from_numpy(batches.at(position + world.rank * own, own)).to(device)
         position += inner.batch_size
-        losses.append(_accumulate(model, sequences, inner.sequences_per_pass, precision))
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm))
+        passes = sequences.split(inner.sequences_per_pass)
+        losses.append(_accumulate(objective, passes, precision, world))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm)
+        norms.append(world.whole(norm))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["part"]]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    loss = torch.stack(losses).double().cpu()
+    loss = world.mean(torch.stack(losses)).double().cpu()
+    ended = time.perf_counter()
     if not bool(torch.isfinite(loss).all()):
         raise DeptError(
             f"the training loss became {float(loss[~torch.isfinite(loss)][0])} in steps "
@@ -139,25 +157,42 @@ def train(
         last_loss=float(loss[-1]),
         gradient_norm=gradient_norm,
         tokens=inner.local_steps * inner.batch_size * (sequences.shape[1] - 1),
-        seconds=time.perf_counter() - began,
-        optimizer={k: v for each in optimizers for k, v in optimizer_state(each, named).items()},
+        seconds=ended - began,
+        step_s=ended - last_began,
+        gpu_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        optimizer=world.gather(
+            {k: v for each in optimizers for k, v in optimizer_state(each, named).items()}
+        ),
     )
 
 
 def _accumulate(
-    model: nn.Module,
-    sequences: torch.Tensor,
-    per_pass: int,
+    objective: nn.Module,
+    passes: Sequence[torch.Tensor],
     precision: AbstractContextManager[None],
+    world: World,
 ) -> torch.Tensor:
     """Gradients of the mean loss over all sequences, a few of them at a time."""
-    total = torch.zeros((), device=sequences.device)
-    for part in sequences.split(per_pass):
-        with precision:
-            share = next_token_loss(model, part) * (len(part) / len(sequences))
-        share.backward()
+    total = torch.zeros((), device=passes[0].device)
+    sequences = sum(map(len, passes))
+    for part in passes:
+        with world.a_pass(objective, last=part is passes[-1]):
+            with precision:
+                share = objective(part) * (len(part) / sequences)
+            share.backward()
         total += share.detach()
     return total
+
+
+class Objective(nn.Module):
+    """A model's loss as a module: DDP and FSDP do their work around a forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(self.model, sequences)
 
 
 def next_token_loss(
@@ -229,13 +264,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     return nullcontext()
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a `device` setting.
+def pick_device(name: str, processes: int = 1) -> torch.device:
+    """The device of a `device` setting, the first of as many as there are processes.
 
     Raises:
-        DeptError: a GPU is asked for where there is none.
+        DeptError: a GPU is asked for where there is none, or more than there are.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise DeptError("device=cuda: PyTorch sees no GPU here; set device=auto or device=cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if (there := torch.cuda.device_count()) < processes:
+        raise DeptError(
+            f"processes={processes}: PyTorch sees {there} GPUs here, and each process needs one of "
+            f"its own; set processes={there} or fewer"
+        )
+    return torch.device("cuda")

@@ -26,9 +26,9 @@ class Trial:
 
     Attributes:
         step_s: seconds of one optimiser step.
-        peak_bytes: the most memory that its process had at once, all that is loaded included.
-        gpu_peak_bytes: the same on the GPU; 0 without one.
-        gpu_bytes: what the GPU has.
+        peak_bytes: the most memory that its processes had at once, all that is loaded included.
+        gpu_peak_bytes: the same on a GPU; 0 without one.
+        gpu_bytes: what the GPU has, the smallest of several.
     """
 
     step_s: float
@@ -60,19 +60,27 @@ def _try_step(file: Path, recipe: Recipe) -> Trial | str:
     """The trial, or what went wrong: not every exception finds its way between processes."""
     silo_file = load_silo_file(file)
     try:
-        registration = Silo(silo_file.name, recipe, silo_file.home, "").register()
+        training = Silo(silo_file.name, recipe, silo_file.home, "").try_step()
     except DeptError as error:
         return str(error)
     except (MemoryError, RuntimeError) as error:  # torch's own for want of memory is the latter
         return f"{next(iter(str(error).splitlines()), 'no memory')}; {_LESS_MEMORY}"
-    if not registration.on_gpu:
-        return Trial(registration.step_s, _peak_bytes())
+    workers = recipe.processes if recipe.processes > 1 else 0
     return Trial(
-        registration.step_s,
-        _peak_bytes(),
-        gpu_peak_bytes=torch.cuda.max_memory_allocated(),
-        gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
+        training.step_s,
+        _peak_bytes() + workers * _peak_bytes_of_a_child(),
+        training.gpu_peak_bytes,
+        gpu_bytes=min(map(_gpu_bytes, range(recipe.processes))) if training.gpu_peak_bytes else 0,
     )
+
+
+def _gpu_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def _peak_bytes_of_a_child() -> int:
+    """The same of the largest process that this one has started and seen the end of."""
+    return _in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def _peak_bytes() -> int:
@@ -81,5 +89,8 @@ def _peak_bytes() -> int:
     if status.is_file():  # Linux counts into the figure below what the parent had at the fork
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) << 10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+    return _in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _in_bytes(maxrss: int) -> int:
+    return maxrss if sys.platform == "darwin" else maxrss << 10

@@ -230,10 +230,10 @@ def test_a_step_that_the_system_kills_is_survived(
 
 
 def test_a_step_that_finds_no_memory_says_so(silo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def register(_: object) -> None:
+    def try_step(_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nC++ backtrace")
 
-    monkeypatch.setattr(trial.Silo, "register", register)
+    monkeypatch.setattr(trial.Silo, "try_step", try_step)
     told = trial._try_step(silo, load_recipe("conf/partners.yaml"))
     assert told == (
         "DefaultCPUAllocator: can't allocate memory; set a lower micro_batch_size in the silo's "
@@ -283,6 +283,9 @@ def test_memory_of_a_gpu_counts_where_there_is_one(
     assert found["memory"].state == "FAILED"
     assert found["memory"].words.startswith("30.0 GB of the GPU's 24.0 GB")
     assert found["step"].facts["on_gpu"] is True
+    assert " on the GPU, " in found["step"].words
+    two = findings(edited(silo, processes=2), tiny_file)["step"]
+    assert " on 2 GPUs, " in two.words
 
 
 @pytest.mark.parametrize(

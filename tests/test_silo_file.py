@@ -46,6 +46,8 @@ GIVEN: dict[str, Any] = {
     "validation_max_bytes": 77,
     "deduplicate": False,
     "device": "cpu",
+    "processes": 4,
+    "parallel": "fsdp",
     "share_samples": True,
     "share_embeddings": True,
     "micro_batch_size": 2,
@@ -58,6 +60,8 @@ OF_THE_RECIPE = {
     "validation_max_bytes",
     "deduplicate",
     "device",
+    "processes",
+    "parallel",
     "share_samples",
 }
 
@@ -109,6 +113,20 @@ def test_a_micro_batch_that_does_not_fit_is_told_in_words_of_the_file(tmp_path: 
     assert caught.value.problems == [
         f"{file.path}: micro_batch_size=3: must divide inner.batch_size=16"
     ]
+
+
+def test_processes_that_do_not_fit_are_told_in_words_of_the_file(tmp_path: Path) -> None:
+    for settings, problem in (
+        ({"processes": 3}, "processes=3: must divide inner.batch_size=16"),
+        (
+            {"processes": 4, "micro_batch_size": 8},
+            "micro_batch_size=8: must divide inner.batch_size=16 over processes=4",
+        ),
+    ):
+        file = load_silo_file(written(tmp_path, **settings))
+        with pytest.raises(ConfigError) as caught:
+            file.over(RECIPE)
+        assert caught.value.problems == [f"{file.path}: {problem}"]
 
 
 def test_samples_are_shared_only_where_the_file_says_so(tmp_path: Path) -> None:
@@ -175,10 +193,10 @@ def test_the_home_is_the_files_else_the_environments_else_the_users(
 
 
 def test_alone_it_asks_for_no_server_and_for_hardly_any_text(tmp_path: Path) -> None:
-    for settings in ({}, {"micro_batch_size": 3}):
+    for settings in ({}, {"micro_batch_size": 3}, {"micro_batch_size": 3, "processes": 2}):
         recipe = load_silo_file(written(tmp_path, **settings)).alone()
         assert recipe.silos["fr"].vocab_size == 500
-        assert recipe.inner.batch_size * recipe.sequence_tokens <= 6
+        assert recipe.inner.batch_size * recipe.sequence_tokens <= 12
 
 
 # ---- mistakes ----------------------------------------------------------------------------
@@ -202,6 +220,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no validation paths": ({"validation_files": 3}, "validation_files=3: must be a list"),
     "misplaced": ({"hub_where": ["a=b"]}, "hub_where=['a=b']: only together with hub; remove it"),
     "encoding": ({"encoding": "utf-9"}, "encoding='utf-9': no such text encoding"),
+    "processes": ({"processes": 0}, "processes=0: must be at least 1"),
+    "parallel": ({"parallel": "tp"}, "parallel='tp': must be one of ddp, fsdp"),
     "device": ({"device": "tpu"}, "device='tpu': must be one of auto, cpu, cuda"),
     "fraction": ({"validation_fraction": 2}, "validation_fraction=2.0: must be above 0"),
     "consent": ({"share_embeddings": "yes"}, "share_embeddings='yes': must be true or false"),
@@ -268,6 +288,7 @@ HOSTILE: dict[str, Callable[[], Recipe]] = {
     "its tokenizer's text": lambda: sent(tokenizer_train_bytes=1 << 40),
     "its vocabulary": lambda: sent(vocab_size=9999),
     "its device": lambda: sent(device="cuda"),
+    "its processes": lambda: sent(processes=8, parallel="fsdp"),
     "its samples": lambda: sent(share_samples=True, sample_tokens=5000),
     "its memory": lambda: sent(inner=replace(RECIPE.inner, micro_batch_size=16)),
 }
