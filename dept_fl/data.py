@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dept_fl.checkpoint import whole_folder
 from dept_fl.config import Recipe, SiloConfig
@@ -26,12 +29,16 @@ from dept_fl.sources import (
 )
 from dept_fl.tokenizer import Tokenizer, Vocabulary
 
+T = TypeVar("T")
+U = TypeVar("U")
 Watch = Callable[[Iterator[str]], Iterator[str]]  # passes on what it is given, and may count it
+Batch = tuple[list[str], list[bool]]  # parts of documents, and whether each is its last one
 
 _PART_CHARACTERS = 1 << 16  # longer documents are tokenised in parts
-_BATCH_CHARACTERS = 1 << 20
-# Places where the pieces of our tokenizers, and of the usual byte-level ones, end.
-_SAFE_CUT = re.compile(r"\S\n(?=\S)|\S(?= \S)")
+_BATCH_CHARACTERS = 1 << 18  # two batches a thread are in memory
+# Up to the last place where the pieces of our tokenizers, and of the usual byte-level ones, end.
+_TO_SAFE_CUT = re.compile(r".*(?:\S\n(?=\S)|\S(?= \S))", re.DOTALL)
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def unwatched(texts: Iterator[str]) -> Iterator[str]:
@@ -173,8 +180,8 @@ class _CorpusWriter:
         )
 
     def __enter__(self) -> _CorpusWriter:
-        self._train = (self._folder / "train.jsonl").open("w", encoding="utf-8")
-        self._validation = (self._folder / "validation.jsonl").open("w", encoding="utf-8")
+        self._train = (self._folder / "train.jsonl").open("wb")
+        self._validation = (self._folder / "validation.jsonl").open("wb")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,9 +201,10 @@ class _CorpusWriter:
         return self.counts["validation_bytes"] + len(text.encode()) <= self._validation_max_bytes
 
     def add(self, split: str, text: str) -> None:
-        line = json.dumps(text, ensure_ascii=False) + "\n"
+        line = f"{_JSON.encode(text)}\n".encode()
         (self._validation if split == "validation" else self._train).write(line)
-        self._digest.update(f"{split} {line}".encode())
+        self._digest.update(f"{split} ".encode())
+        self._digest.update(line)
         self.counts[f"{split}_documents"] += 1
         self.counts[f"{split}_bytes"] += len(text.encode())
 
@@ -329,16 +337,47 @@ def _write_tokens(
 
 def lossy_documents(corpus: Corpus, tokenizer: Tokenizer) -> int:
     """How many validation documents do not come back whole from their ids."""
-    texts = list(corpus.texts("validation"))
-    return sum(
-        tokenizer.decode(i) != t for i, t in zip(tokenizer.encode(texts), texts, strict=True)
-    )
+
+    def lossy(batch: Batch) -> int:
+        texts, _ = batch
+        encoded = tokenizer.encode(texts)
+        return sum(tokenizer.decode(i) != t for i, t in zip(encoded, texts, strict=True))
+
+    return sum(_in_order(lossy, _batches(corpus.texts("validation"), separable=False)))
 
 
-def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int64]]:
+def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int32]]:
     """The token stream in pieces: the end id, then each document and the end id behind it."""
-    yield np.asarray([tokenizer.end_id], dtype=np.int64)
-    separable = _separable(tokenizer)
+    end = np.asarray([tokenizer.end_id], dtype=np.int32)
+
+    def encode(batch: Batch) -> npt.NDArray[np.int32]:
+        parts, ends = batch
+        encoded = zip(tokenizer.arrays(parts), ends, strict=True)
+        return np.concatenate([ids for part, last in encoded for ids in (part, end)[: 1 + last]])
+
+    yield end
+    yield from _in_order(encode, _batches(texts, _separable(tokenizer)))
+
+
+def _in_order(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """The results of threads, in the items' order; few items are taken before theirs are due.
+
+    As many threads as PyTorch would take: OMP_NUM_THREADS, which Ray sets to a simulated silo's
+    share of the cores, else all of them. They pay where the work is in C++ or Rust, while the
+    caller's own thread reads the next items.
+    """
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[U]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) == 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _batches(texts: Iterable[str], separable: bool) -> Iterator[Batch]:
     batch: list[str] = []
     ends: list[bool] = []
     characters = 0
@@ -348,23 +387,14 @@ def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[
             ends.append(last)
             characters += len(part)
             if characters >= _BATCH_CHARACTERS:
-                yield _encode(batch, ends, tokenizer)
+                yield batch, ends
                 batch, ends, characters = [], [], 0
     if batch:
-        yield _encode(batch, ends, tokenizer)
-
-
-def _encode(batch: list[str], ends: list[bool], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
-    ids: list[int] = []
-    for encoded, last in zip(tokenizer.encode(batch), ends, strict=True):
-        ids += encoded
-        if last:
-            ids.append(tokenizer.end_id)
-    return np.asarray(ids, dtype=np.int64)
+        yield batch, ends
 
 
 def _separable(tokenizer: Tokenizer) -> bool:
-    """Whether parts cut at `_SAFE_CUT` give the ids of the whole: not so with a prefix space."""
+    """Whether a document's `_parts` give the ids of the whole: not so with a prefix space."""
     whole, *parts = tokenizer.encode(["a\nb c", "a\n", "b", " c"])
     return whole == list(chain.from_iterable(parts))
 
@@ -377,8 +407,8 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
     start = 0
     while len(text) - start > _PART_CHARACTERS:
         limit = start + _PART_CHARACTERS
-        safe = [match.end() for match in _SAFE_CUT.finditer(text, start, limit)]
-        cut = safe[-1] if safe else limit
+        safe = _TO_SAFE_CUT.match(text, start, limit)
+        cut = safe.end() if safe else limit
         yield text[start:cut], False
         start = cut
     yield text[start:], True
@@ -397,8 +427,8 @@ class _NpyWriter:
         self._stream.write(b"\0" * self._HEADER_BYTES)
         return self
 
-    def append(self, ids: npt.NDArray[np.int64]) -> None:
-        self._stream.write(ids.astype(self._dtype).tobytes())
+    def append(self, ids: npt.NDArray[np.integer[Any]]) -> None:
+        self._stream.write(ids.astype(self._dtype).data)
         self._length += len(ids)
 
     def __exit__(self, *_: object) -> None:

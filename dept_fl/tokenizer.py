@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,12 @@ class Tokenizer(Protocol):
     end_id: int
     fingerprint: str
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]: ...
+    def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """The ids of each text, by the calling thread alone: whoever has many texts has threads."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        return [ids.tolist() for ids in self.arrays(texts)]
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -47,7 +53,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. One from `train_sentencepiece` is lossless: decode(encode(x)) == x."""
 
     def __init__(self, model: bytes) -> None:
@@ -59,12 +65,14 @@ class SentencePieceTokenizer:
         self.end_id: int = end
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        encoded: list[Ids] = self._processor.encode(list(texts))
+    def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        found: list[npt.NDArray[np.int32]] = self._processor.encode(
+            list(texts), num_threads=1, return_type="numpy"
+        )
         for i, text in enumerate(texts):
             if _SPACE in text:
-                encoded[i] = self._encode_with_literal_marker(text)
-        return encoded
+                found[i] = np.asarray(self._encode_with_literal_marker(text), dtype=np.int32)
+        return found
 
     def _encode_with_literal_marker(self, text: str) -> Ids:
         # SentencePiece cannot tell a U+2581 of the text from the marker it puts for a
@@ -89,7 +97,7 @@ class SentencePieceTokenizer:
         return {i for i in range(self.size) if any(test(i) for test in is_special)}
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A fast Hugging Face tokenizer, from a folder or by name."""
 
     def __init__(self, name: str) -> None:
@@ -112,13 +120,17 @@ class HuggingFaceTokenizer:
         self.size: int = max(vocabulary.values()) + 1
         self._byte_level = set(byte_level_alphabet()) <= vocabulary.keys()
         self.fingerprint = hashlib.sha256(f"{end} {backend.to_str()}".encode()).hexdigest()
-
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        backend.no_truncation()
+        backend.no_padding()
         # Text that looks like a special token is text: it must not end a document.
-        encoded: list[Ids] = self._tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
-        return encoded
+        backend.encode_special_tokens = True
+        self._backend = backend
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read at each call
+
+    def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        # Fast: without the places of the pieces in the text.
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(each.ids, dtype=np.int32) for each in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         listed = [int(i) for i in ids]

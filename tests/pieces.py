@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from dept_fl.tokenizer import Vocabulary
+from dept_fl.tokenizer import Tokenizer, Vocabulary
 
 END = "</s>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-class Pieces:
+class Pieces(Tokenizer):
     """An end, then the given pieces, in the alphabet of SentencePiece unless they say otherwise."""
 
     end_id = 0
@@ -23,7 +24,7 @@ class Pieces:
         self._specials = set(range(1 + len(specials)))
         self.size = len(self._pieces)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -11,15 +11,17 @@ import lzma
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.constants
 import numpy as np
+import numpy.typing as npt
 import pyarrow
 import pytest
 import torch
@@ -691,13 +693,13 @@ def test_no_validation_document_is_named_with_the_mend(tmp_path: Path) -> None:
 # ---- the token stream ------------------------------------------------------------------------
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A tokenizer whose ids can be counted by hand: each byte is its own id, 256 ends."""
 
     size, end_id, fingerprint = 257, 256, "bytes"
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
+    def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        return [np.asarray(list(text.encode()), dtype=np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode()
@@ -814,6 +816,55 @@ def test_a_long_document_has_the_ids_that_it_has_in_one_piece(
     assert np.array_equal(stream.train, [end, *short, end, *whole, end, *short, end])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_stream_is_that_of_each_document_encoded_by_itself_whatever_the_threads(
+    tmp_path: Path,
+    tokenizer: SentencePieceTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    draw = random.Random(1)
+    words = [*"the leaf été 日本 </s> ▁ ▁▁ \0 \u2028".split(" "), "\r\n", "", "\n\n"]
+    texts = [" ".join(draw.choices(words, k=draw.choice([1, 30, 3000]))) for _ in range(500)]
+    assert sum(map(len, texts)) > 4 << 18
+    stream = load_tokens("ant", by_hand(tmp_path, texts, ["b"]), tokenizer, False, tmp_path / "t")
+    each = [[*tokenizer.encode([text])[0], tokenizer.end_id] for text in texts]
+    assert np.array_equal(stream.train, [tokenizer.end_id, *chain.from_iterable(each)])
+
+
+class Counting(Bytes):
+    """Says how many texts were read when each was encoded."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.read_at: list[int] = []
+
+    def watch(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            self.read += 1
+            yield text
+
+    def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        if len(texts[0]) > 100:
+            time.sleep(0.01)  # slower than reading
+            self.read_at.append(self.read)
+        return super().arrays(texts)
+
+
+def test_few_documents_are_read_before_they_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    tokenizer = Counting()
+    corpus = by_hand(tmp_path, ["a" * (1 << 18)] * 20, ["b"])
+    load_tokens("ant", corpus, tokenizer, False, tmp_path / "tokens", tokenizer.watch)
+    # The first is due when two threads have two batches each; then one is read for each encoded.
+    ahead = [read - encoded for encoded, read in enumerate(sorted(tokenizer.read_at))]
+    assert tokenizer.read == len(ahead) == 20
+    assert max(ahead) <= 5
+
+
 def test_a_long_run_without_spaces_comes_back_whole(
     tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
@@ -884,6 +935,19 @@ def test_a_token_stream_that_fails_leaves_no_folder_behind(tmp_path: Path) -> No
     corpus = by_hand(tmp_path, ["a"], ["b"])
     with pytest.raises(DeptError, match="silo ant: the shared tokenizer has no byte pieces"):
         load_tokens("ant", corpus, WithoutBytes(), True, tmp_path / "tokens")
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_text_that_fails_while_it_is_tokenised_leaves_no_folder_behind(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    def failing(texts: Iterator[str]) -> Iterator[str]:
+        yield from islice(texts, 3)
+        raise DeptError("no more")
+
+    corpus = by_hand(tmp_path, ["a" * (1 << 18)] * 9, ["b"])
+    with pytest.raises(DeptError, match="no more"):
+        load_tokens("ant", corpus, tokenizer, False, tmp_path / "tokens", failing)
     assert list((tmp_path / "tokens").iterdir()) == []
 
 

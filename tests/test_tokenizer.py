@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from dept_fl.errors import DeptError
 from dept_fl.tokenizer import (
@@ -102,8 +105,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_fast(backend: object, target: Path, added: Sequence[str] = (), **special: str) -> None:
-    from transformers import PreTrainedTokenizerFast
-
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     fast.add_tokens(list(added))
     fast.save_pretrained(target)
@@ -301,6 +302,34 @@ def test_a_tokenizer_without_byte_pieces_is_refused_for_a_part(tmp_path: Path) -
 def test_a_folder_is_loaded_as_a_hugging_face_tokenizer(byte_level: Tokenizer) -> None:
     assert isinstance(byte_level, HuggingFaceTokenizer)
     assert byte_level.pieces()[byte_level.end_id] == "<|end|>"
+
+
+@PROPERTY
+@given(text=TEXT)
+@example(text="".join(AWKWARD))
+@example(text="")
+def test_ids_are_those_that_transformers_gives(
+    byte_level: Tokenizer, folder: Path, text: str
+) -> None:
+    reference = reference_of(folder)
+    expected = reference([text], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert byte_level.encode([text]) == expected
+
+
+@cache
+def reference_of(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def test_a_tokenizer_saved_to_cut_and_fill_texts_does_neither(folder: Path, tmp_path: Path) -> None:
+    backend = copy.deepcopy(reference_of(folder).backend_tokenizer)
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    save_fast(backend, tmp_path, eos_token="<|end|>")
+    cutting = load_tokenizer(tmp_path)
+    text = "the leaf is under"
+    assert cutting.decode(cutting.encode([text, "the"])[0]) == text
+    assert cutting.end_id not in cutting.encode([text, "the"])[1]
 
 
 def test_text_that_looks_like_the_end_token_ends_no_document(byte_level: Tokenizer) -> None:
