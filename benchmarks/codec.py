@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import fastest
 from benchmarks.trials import QUICK, bits, trials
 from dept_fl.codec import decode, encode, form
 from dept_fl.config import CODECS, Recipe, home_dir, load_recipe, with_settings
@@ -29,7 +28,6 @@ from dept_fl.report import Event
 from dept_fl.standings import deviation, mean
 
 _WIDTH = 2048
-_REPEATS = 5
 WIRES = {
     "fp32": "",
     "up bf16": "wire.up=bf16",
@@ -86,15 +84,6 @@ def speed(codec: str, numbers: int) -> Event:
         "decode_copies": fastest(lambda: decode(codec, encoded, shape)) / copy_s,
         "copy_gb_per_s": matrix.numel() * 4 / copy_s / 1e9,
     }
-
-
-def fastest(work: Callable[[], object]) -> float:
-    seconds = math.inf
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        work()
-        seconds = min(seconds, time.perf_counter() - began)
-    return seconds
 
 
 def speed_table(rows: Sequence[Event]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from dept_fl.config import OuterConfig
 
 
 class OuterOptimizer:
-    """torch's optimiser on the averaged delta, which is handed over as a negative gradient.
+    """torch's optimiser, which climbs along the averaged delta as if it were a gradient.
 
     With `average` (SGD, 1.0, no momentum) parameters become parameters + mean delta, the
     paper's plain averaging.
@@ -31,29 +31,26 @@ class OuterOptimizer:
         others = [p for name, p in self.parameters.items() if name not in self._row_tensors]
         self._optimizer = _torch_optimizer(config, others, rows)
 
-    def step(self, mean: Tensors, unheld: torch.Tensor) -> None:
-        """One step of the parameters in `mean`; the others stay as they are.
+    def step(self, merged: Iterable[tuple[str, torch.Tensor]], unheld: torch.Tensor) -> None:
+        """One step of the parameters named in `merged`, one at a time.
 
         Token rows in `unheld` keep their value and their moments.
         """
-        before = {key: tensor[unheld] for key, tensor in self._row_state().items()}
-        for name, delta in mean.items():
-            self.parameters[name].grad = delta.neg_()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        for key, tensor in self._row_state().items():
-            tensor[unheld] = before.get(key, 0.0)  # moments made by this very step start at 0
+        for name, delta in merged:
+            parameter, by_row = self.parameters[name], name in self._row_tensors
+            before = {k: t[unheld] for k, t in self._by_row(parameter).items()} if by_row else {}
+            parameter.grad = delta
+            self._optimizer.step()
+            parameter.grad = None
+            if by_row:
+                for kind, tensor in self._by_row(parameter).items():
+                    tensor[unheld] = before.get(kind, 0.0)  # moments made just now start at 0
 
-    def _row_state(self) -> Tensors:
-        """The row tensors and their moments, by kind and name."""
-        found: Tensors = {}
-        for name in self._row_tensors:
-            parameter = self.parameters[name]
-            found[name] = parameter.data
-            for kind, moment in self._optimizer.state[parameter].items():
-                if torch.is_tensor(moment) and moment.shape == parameter.shape:
-                    found[f"{kind}/{name}"] = moment
-        return found
+    def _by_row(self, parameter: nn.Parameter) -> Tensors:
+        """A row tensor and its moments, by kind."""
+        state = self._optimizer.state[parameter].items()
+        moments = {k: t for k, t in state if torch.is_tensor(t) and t.shape == parameter.shape}
+        return {"": parameter.data, **moments}
 
     def state(self) -> Tensors:
         """The optimiser's moments by `<kind>/<parameter>`, for a checkpoint."""
@@ -72,13 +69,15 @@ def _torch_optimizer(
     groups: list[dict[str, Any]] = [{"params": others}]
     if rows:
         groups.append({"params": rows, "lr": _or(config.embedding_learning_rate, rate)})
+    # Fused: in one pass and without temporaries, which would be as large as the tensor.
+    how: dict[str, Any] = {"lr": rate, "maximize": True, "fused": True}
     if config.optimizer == "adam":
         betas = (config.betas[0], config.betas[1])
-        return torch.optim.Adam(groups, lr=rate, betas=betas, eps=config.epsilon)
+        return torch.optim.Adam(groups, betas=betas, eps=config.epsilon, **how)
     if config.optimizer == "nesterov":
         momentum = _or(config.momentum, 0.9)
-        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True)
-    return torch.optim.SGD(groups, lr=rate)
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=True, **how)
+    return torch.optim.SGD(groups, **how)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -33,7 +33,7 @@ from dept_fl.checkpoint import (
 from dept_fl.config import FREE_ON_RESUME, Recipe, differences, recipe_from_json
 from dept_fl.downlink import Downlink
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
-from dept_fl.merge import Delta, Norms, Spool, merged
+from dept_fl.merge import Delta, Norms, Spool, holders, merged
 from dept_fl.model import Layout, initial_body, initial_embeddings, layout, seed_of
 from dept_fl.outer import OuterOptimizer
 from dept_fl.silo import Change, Registration, Task, Update
@@ -332,19 +332,17 @@ class Server:
                 f"quorum={self.recipe.quorum}"
             )
         scales = {part: self._scales(merge, part) for part in merge.parts}
-        mean, unheld = self._merged(merge, _EMBEDDINGS, scales.pop(_EMBEDDINGS))
         for part in scales:
-            mean |= self._merged(merge, part, scales[part])[0]
-        changed = list(mean)
-        self._outer.step(mean, unheld)
+            self._step(merge, part, scales[part])
         self.round = merge.round
-        del mean  # so that a change does not come on top of it
         if self._downlink and self.round < self.recipe.rounds:
-            self._downlink.follow({**self.body, **self.embeddings}, changed)
+            due = self.layout.synchronised(self.recipe, self.round)
+            self._downlink.follow({**self.body, **self.embeddings}, [*due, *self.embeddings])
             self._body_digest = None
         for name in merge.merged:
             self.members[name].merged.append(merge.round)
-        least = {name: min(scales[part][name] for part in scales) for name in merge.merged}
+        of_body = [by_silo for part, by_silo in scales.items() if part != _EMBEDDINGS]
+        least = {name: min(by_silo[name] for by_silo in of_body) for name in merge.merged}
         return {name: scale for name, scale in least.items() if scale < 1.0}
 
     def _scales(self, merge: Merge, part: str) -> dict[str, float]:
@@ -356,18 +354,19 @@ class Server:
             self._norms.add(part, [min(norm, limit) for norm in norms.values()])
         return {name: 1.0 if norm <= limit else limit / norm for name, norm in norms.items()}
 
-    def _merged(
-        self, merge: Merge, part: str, scales: Mapping[str, float]
-    ) -> tuple[Tensors, torch.Tensor]:
+    def _step(self, merge: Merge, part: str, scales: Mapping[str, float]) -> None:
+        """The outer optimiser takes its step on one part, tensor by tensor as they are merged."""
         deltas = []
         for name in merge.merged:  # sorted: the sum must not depend on who answered first
             shapes = self.parts(name, merge.round)[part]
             rows = self.registrations[name].rows if part == _EMBEDDINGS else None
             deltas.append(Delta(merge.spool.get(name, part, shapes), rows, scales[name]))
-        if part == _EMBEDDINGS:
-            shapes = {name: tuple(tensor.shape) for name, tensor in self.embeddings.items()}
-        tokens = self.layout.tokens if part == _EMBEDDINGS and shapes else {}
-        return merged(deltas, shapes, tokens, self.recipe.outer)
+        own = self.embeddings if part == _EMBEDDINGS else self.body
+        shapes = {name: tuple(own[name].shape) for name in shapes}
+        tokens = self.layout.tokens if part == _EMBEDDINGS and own else {}
+        held = holders(deltas, next((shapes[name][0] for name in tokens), 0))
+        unheld = (held == 0).nonzero().flatten()
+        self._outer.step(merged(deltas, shapes, tokens, self.recipe.outer), unheld)
 
     # ---- members ---------------------------------------------------------------------------
 

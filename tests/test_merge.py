@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dept_fl import merge
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import OuterConfig
-from dept_fl.merge import Delta, MeanDelta, Norms, Spool, merged
+from dept_fl.merge import Delta, Norms, Shapes, Spool, holders
 from dept_fl.records import from_record, to_record
 
 MERGES = ("mean", "median", "trimmed-mean")
@@ -26,12 +26,18 @@ def outer(how: str, trim_fraction: float = 0.2) -> OuterConfig:
     return OuterConfig(merge=how, trim_fraction=trim_fraction)
 
 
+def merged(
+    deltas: Sequence[Delta], shapes: Shapes, row_tensors: Collection[str], outer: OuterConfig
+) -> Tensors:
+    """All that is merged, each in memory of its own."""
+    found = merge.merged(deltas, shapes, row_tensors, outer)
+    return {name: tensor.clone() for name, tensor in found}
+
+
 def merged_numbers(how: str, values: Sequence[float], trim_fraction: float = 0.2) -> float:
     """One number of each silo, merged."""
     deltas = [Delta({"w": torch.tensor([value])}) for value in values]
-    found, unheld = merged(deltas, {"w": (1,)}, (), outer(how, trim_fraction))
-    assert unheld.tolist() == []
-    return found["w"].item()
+    return merged(deltas, {"w": (1,)}, (), outer(how, trim_fraction))["w"].item()
 
 
 def rows(*values: float) -> torch.Tensor:
@@ -41,48 +47,57 @@ def rows(*values: float) -> torch.Tensor:
 
 def test_trim_row_mean_is_over_the_silos_that_hold_the_row():
     # Six tokens. A holds 0 1 3, B holds 1 2 3, C holds 3 4; nobody holds 5.
-    mean = MeanDelta({"phi": (6, 1)}, {"phi"})
-    mean.add(Delta({"phi": rows(1.0, 2.0, 3.0)}, torch.tensor([0, 1, 3])))
-    mean.add(Delta({"phi": rows(4.0, 6.0, 9.0)}, torch.tensor([1, 2, 3])))
-    mean.add(Delta({"phi": rows(-3.0, 8.0)}, torch.tensor([3, 4])))
+    deltas = [
+        Delta({"phi": rows(1.0, 2.0, 3.0)}, torch.tensor([0, 1, 3])),
+        Delta({"phi": rows(4.0, 6.0, 9.0)}, torch.tensor([1, 2, 3])),
+        Delta({"phi": rows(-3.0, 8.0)}, torch.tensor([3, 4])),
+    ]
+    assert holders(deltas, 6).tolist() == [1, 2, 1, 3, 1, 0]
     # row 0: 1/1; row 1: (2+4)/2; row 2: 6/1; row 3: (3+9-3)/3; row 4: 8/1; row 5: nobody
-    assert mean.unheld().tolist() == [5]
-    assert mean.mean()["phi"].flatten().tolist() == [1.0, 3.0, 6.0, 3.0, 8.0, 0.0]
+    found = merged(deltas, {"phi": (6, 1)}, {"phi"}, outer("mean"))
+    assert found["phi"].flatten().tolist() == [1.0, 3.0, 6.0, 3.0, 8.0, 0.0]
 
 
 def test_trim_positions_and_body_are_averaged_over_all_silos_of_the_round():
-    mean = MeanDelta({"phi": (3, 1), "psi": (2,)}, {"phi"})
-    mean.add(Delta({"phi": rows(2.0), "psi": torch.tensor([1.0, 2.0])}, torch.tensor([0])))
-    mean.add(Delta({"phi": rows(4.0), "psi": torch.tensor([3.0, 6.0])}, torch.tensor([2])))
-    found = mean.mean()
+    deltas = [
+        Delta({"phi": rows(2.0), "psi": torch.tensor([1.0, 2.0])}, torch.tensor([0])),
+        Delta({"phi": rows(4.0), "psi": torch.tensor([3.0, 6.0])}, torch.tensor([2])),
+    ]
+    found = merged(deltas, {"phi": (3, 1), "psi": (2,)}, {"phi"}, outer("mean"))
     assert found["phi"].flatten().tolist() == [2.0, 0.0, 4.0]
     assert found["psi"].tolist() == [2.0, 4.0]
 
 
 def test_glob_row_mean_is_over_all_silos_whether_they_use_the_row_or_not():
-    mean = MeanDelta({"phi": (2, 1)}, {"phi"})
-    for delta in (rows(3.0, 0.0), rows(0.0, 6.0), rows(0.0, 0.0)):
-        mean.add(Delta({"phi": delta}))
-    assert mean.unheld().tolist() == []
-    assert mean.mean()["phi"].flatten().tolist() == [1.0, 2.0]
+    deltas = [Delta({"phi": d}) for d in (rows(3.0, 0.0), rows(0.0, 6.0), rows(0.0, 0.0))]
+    assert holders(deltas, 2).tolist() == [3, 3]
+    found = merged(deltas, {"phi": (2, 1)}, {"phi"}, outer("mean"))
+    assert found["phi"].flatten().tolist() == [1.0, 2.0]
 
 
 def test_untied_heads_share_the_holders_of_their_rows():
-    mean = MeanDelta({"phi": (3, 1), "head": (3, 1), "bias": (3,)}, {"phi", "head", "bias"})
-    mean.add(
+    deltas = [
         Delta(
             {"phi": rows(1.0, 1.0), "head": rows(2.0, 2.0), "bias": torch.tensor([3.0, 3.0])},
             torch.tensor([0, 1]),
-        )
-    )
-    mean.add(
-        Delta({"phi": rows(3.0), "head": rows(6.0), "bias": torch.tensor([9.0])}, torch.tensor([1]))
-    )
-    found = mean.mean()
+        ),
+        Delta(
+            {"phi": rows(3.0), "head": rows(6.0), "bias": torch.tensor([9.0])}, torch.tensor([1])
+        ),
+    ]
+    shapes = {"phi": (3, 1), "head": (3, 1), "bias": (3,)}
+    found = merged(deltas, shapes, shapes.keys(), outer("mean"))
     assert found["phi"].flatten().tolist() == [1.0, 2.0, 0.0]
     assert found["head"].flatten().tolist() == [2.0, 4.0, 0.0]
     assert found["bias"].tolist() == [3.0, 6.0, 0.0]
-    assert mean.unheld().tolist() == [2]
+    assert holders(deltas, 3).tolist() == [1, 2, 0]
+
+
+def test_merged_tensors_share_one_piece_of_memory():
+    shapes = {"a": (2,), "b": (3,)}
+    delta = Delta({name: torch.ones(shape) for name, shape in shapes.items()})
+    places = {t.data_ptr() for _, t in merge.merged([delta], shapes, (), outer("mean"))}
+    assert len(places) == 1
 
 
 # ---- median and trimmed mean ---------------------------------------------------------------
@@ -120,10 +135,18 @@ def test_the_trimmed_mean_drops_a_share_at_either_end(fraction: float, kept: lis
 def test_the_share_that_is_dropped_is_exact_for_any_number_of_silos():
     for silos in (*range(1, 12), 25, 50, 100, 150):
         for percent in range(50):
-            values = torch.arange(silos, dtype=torch.float32).view(-1, 1) ** 2
             cut = min(math.floor(Fraction(percent, 100) * silos), (silos - 1) // 2)
-            expected = values[cut : silos - cut].mean()
-            torch.testing.assert_close(merge._middle(values, percent / 100)[0], expected)
+            assert merge._dropped(torch.tensor([float(silos)]), percent / 100).tolist() == [cut]
+
+
+@pytest.mark.parametrize("silos", [1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 65])
+def test_numbers_are_sorted_over_any_number_of_silos(silos: int):
+    # A network that sorts every row of zeros and ones sorts everything (Knuth, 5.3.4).
+    bits = torch.arange(1 << silos) if silos < 14 else torch.randint(1 << 62, (4096,))
+    ones = [(bits >> silo % 62 & 1).float() for silo in range(silos)]
+    mixed = [torch.cat([each, torch.randn(512)]) for each in ones]
+    expected = torch.stack(mixed).sort(dim=0).values
+    assert torch.equal(torch.stack(merge._sorted(mixed)), expected)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +166,7 @@ def test_trim_rows_are_merged_over_the_silos_that_hold_them(how: str, expected: 
         Delta({"phi": rows(101.0)}, torch.tensor([3])),
         Delta({"phi": rows(1.0)}, torch.tensor([3])),
     ]
-    found, unheld = merged(deltas, {"phi": (6, 1)}, {"phi"}, outer(how))
-    assert unheld.tolist() == [5]
+    found = merged(deltas, {"phi": (6, 1)}, {"phi"}, outer(how))
     assert found["phi"].flatten().tolist() == expected
 
 
@@ -155,7 +177,7 @@ def test_tensors_of_every_shape_are_merged_number_by_number(how: str):
         Delta({name: torch.full(shape, value) for name, shape in shapes.items()})
         for value in (1.0, 2.0, 6.0)
     ]
-    found, _ = merged(deltas, shapes, (), outer(how))
+    found = merged(deltas, shapes, (), outer(how))
     value = 2.0 if how == "median" else 3.0
     assert {name: tensor.shape for name, tensor in found.items()} == shapes
     assert all(torch.equal(found[name], torch.full(shapes[name], value)) for name in shapes)
@@ -171,8 +193,7 @@ def test_positions_are_merged_over_all_silos_and_biases_of_tokens_by_row(how: st
         )
         for v, held in ((1.0, [0, 1]), (3.0, [1, 2]))
     ]
-    found, unheld = merged(deltas, shapes, {"phi", "bias"}, outer(how))
-    assert unheld.tolist() == []
+    found = merged(deltas, shapes, {"phi", "bias"}, outer(how))
     assert found["phi"].tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
     assert found["bias"].tolist() == [1.0, 1.0, -3.0]  # row 1: (-1 + 3) / 2
     assert found["psi"].flatten().tolist() == [2.0, 4.0]
@@ -185,7 +206,7 @@ def test_a_delta_is_scaled_before_it_is_merged(how: str):
         Delta({"w": torch.tensor([4.0, -4.0])}),
         Delta({"w": torch.tensor([1000.0, -1000.0])}, scale=0.006),  # 6, -6
     ]
-    found, _ = merged(deltas, {"w": (2,)}, (), outer(how))
+    found = merged(deltas, {"w": (2,)}, (), outer(how))
     torch.testing.assert_close(found["w"], torch.tensor([4.0, -4.0]))
 
 
@@ -195,19 +216,18 @@ def test_scaled_rows_of_trim_are_merged_over_their_holders(how: str):
         Delta({"phi": rows(10.0, 10.0)}, torch.tensor([0, 2]), scale=0.5),
         Delta({"phi": rows(1.0)}, torch.tensor([2])),
     ]
-    found, unheld = merged(deltas, {"phi": (4, 1)}, {"phi"}, outer(how))
+    found = merged(deltas, {"phi": (4, 1)}, {"phi"}, outer(how))
     assert found["phi"].flatten().tolist() == [5.0, 0.0, 3.0, 0.0]
-    assert unheld.tolist() == [1, 3]
 
 
 @every_merge
 def test_the_order_of_silos_changes_no_more_than_rounding(how: str):
     generator = torch.Generator().manual_seed(1)
     deltas = [Delta({"w": torch.randn(50, generator=generator)}) for _ in range(7)]
-    one, _ = merged(deltas, {"w": (50,)}, (), outer(how))
-    other, _ = merged(deltas[::-1], {"w": (50,)}, (), outer(how))
+    one = merged(deltas, {"w": (50,)}, (), outer(how))
+    other = merged(deltas[::-1], {"w": (50,)}, (), outer(how))
     torch.testing.assert_close(one["w"], other["w"], atol=1e-6, rtol=0)
-    again, _ = merged(deltas, {"w": (50,)}, (), outer(how))
+    again = merged(deltas, {"w": (50,)}, (), outer(how))
     assert torch.equal(one["w"], again["w"])
 
 
@@ -273,11 +293,9 @@ def test_every_merge_equals_the_plain_one_whatever_the_chunks(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "_CHUNK_NUMBERS", chunk)
         tokens = {"w"} if by_row else set()
-        found, unheld = merged(deltas, {"w": shape}, tokens, outer(how, fraction))
+        found = merged(deltas, {"w": shape}, tokens, outer(how, fraction))
     expected = plain(deltas, shape, by_row, how, fraction)
     torch.testing.assert_close(found["w"].double(), expected, atol=1e-4, rtol=1e-5)
-    held = {row for d in deltas for row in (range(7) if d.rows is None else d.rows.tolist())}
-    assert unheld.tolist() == [row for row in range(shape[0] if by_row else 0) if row not in held]
 
 
 @every_merge
@@ -295,10 +313,10 @@ def test_chunks_leave_no_seam_in_a_large_merge(how: str, monkeypatch: pytest.Mon
 
     deltas = [silo(tokens) for tokens in (20, 60, 101, 3)]
     shapes = {"phi": (101, 5), "bias": (101,), "w": (33, 3)}
-    whole, _ = merged(deltas, shapes, {"phi", "bias"}, outer(how))
+    whole = merged(deltas, shapes, {"phi", "bias"}, outer(how))
     for chunk in (1, 4 * 5, 4 * 5 * 7 + 1, 4 * 101):
         monkeypatch.setattr(merge, "_CHUNK_NUMBERS", chunk)
-        pieces, _ = merged(deltas, shapes, {"phi", "bias"}, outer(how))
+        pieces = merged(deltas, shapes, {"phi", "bias"}, outer(how))
         assert all(torch.equal(pieces[name], whole[name]) for name in shapes)
 
 
