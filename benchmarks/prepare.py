@@ -30,7 +30,7 @@ import sentencepiece as spm
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.codec import fastest
+from benchmarks.timing import fastest
 from dept_fl.config import Recipe, SiloConfig
 from dept_fl.data import Corpus, load_corpus, load_tokens
 from dept_fl.jobs import about
