@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dept_fl.errors import DeptError
 
 Ids = list[int]
 _SPACE = "▁"  # U+2581, which SentencePiece writes for a space
+_SCORE_STEPS = 64  # a nat; sums up to 2**18 nats are exact
 _LONGEST_LINE = 1000  # characters; the trainer skips lines over 4192 bytes without a word
 
 
@@ -181,6 +182,8 @@ def train_sentencepiece(owner: str, documents: Iterable[str], vocab_size: int) -
     """Train a lossless unigram model with byte fall-back (paper, section 3: SPEC-OPT).
 
     Nothing is normalised and white space is kept, so that every byte of the text comes back.
+    Scores are rounded to multiples of 1/64: sums of them are exact in single precision, and what
+    pieces a word gets does not depend on how much text lies before it.
 
     Args:
         owner: named in errors.
@@ -215,7 +218,20 @@ def train_sentencepiece(owner: str, documents: Iterable[str], vocab_size: int) -
             f"silo {owner}: no tokenizer of vocab_size={vocab_size} can be trained on its text: "
             f"{_trainer_reason(str(error))}"
         ) from error
-    return model.getvalue()
+    proto = sentencepiece_proto(model.getvalue())
+    for piece in proto.pieces:
+        piece.score = round(piece.score * _SCORE_STEPS) / _SCORE_STEPS
+    rounded: bytes = proto.SerializeToString(deterministic=True)
+    return rounded
+
+
+def sentencepiece_proto(model: bytes) -> Any:
+    """The `ModelProto` of a SentencePiece file."""
+    # The class that SentencePiece brings itself wants a later protobuf than Flower allows.
+    from transformers.utils import sentencepiece_model_pb2_new
+
+    schema: Any = sentencepiece_model_pb2_new  # generated, without types
+    return schema.ModelProto.FromString(model)
 
 
 def _trainer_reason(message: str) -> str:
