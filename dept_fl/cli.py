@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from dept_fl.config import home_dir, load_recipe, require_silos
 from dept_fl.errors import DeptError
 from dept_fl.local import COMPLETED, end_superlink, simulate
 from dept_fl.progress import Progress
+from dept_fl.report import harmless
 from dept_fl.status import look, view, watch
 
 _RECIPE = "conf/demo.yaml"
@@ -351,6 +353,94 @@ def finetune(
         console.print(tuning.rendered(result))
     if out:
         typer.echo(f"result  {tuning.keep(result, out.expanduser())}", err=as_json)
+
+
+@app.command()
+@_mistakes_told()
+def export(
+    out: Annotated[Path, typer.Option(help="new folder for the model")],
+    run_dir: Annotated[
+        Path | None, typer.Argument(help="folder of a run, or of a job of `dept adapt`")
+    ] = None,
+    silo: Annotated[str, typer.Option(help="whose model, such as fr")] = "",
+    shared: Annotated[
+        bool, typer.Option("--global", help="the server's model, of GLOB or TRIM")
+    ] = False,
+    silo_file: Annotated[
+        Path | None, typer.Option(help="a partner's own fr.yaml, instead of a run")
+    ] = None,
+    experiment: Annotated[
+        str, typer.Option(help="of a partner's models", show_default="the newest")
+    ] = "",
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Write a final model as an ordinary Hugging Face folder, with tokenizer and model card.
+
+    Example: dept export runs/demo-spec-opt-20261121-065532 --silo python --out python-model
+    """
+    if (bool(silo), shared, silo_file is not None).count(True) != 1 or (
+        (run_dir is None) == (silo_file is None)
+    ):
+        raise DeptError("give RUN_DIR with --silo NAME or --global, or --silo-file FILE alone")
+    if experiment and silo_file is None:
+        raise DeptError("--experiment: goes with --silo-file; a run has but one")
+    progress = Progress()
+    with progress.stage("starting"):
+        from dept_fl import export as exporting
+        from dept_fl.silo_file import load_silo_file
+
+    def subject() -> exporting.Subject:
+        if silo_file is not None:
+            file = load_silo_file(silo_file.expanduser().absolute())
+            return exporting.silo_at_home(file, experiment)
+        assert run_dir is not None
+        folder, place = run_dir.expanduser().absolute(), _home(home)
+        if shared:
+            return exporting.global_model(folder, place)
+        return exporting.silo_of_run(folder, silo, place)
+
+    found = progress.during("loading the model", subject)
+    target = out.expanduser().absolute()
+    made = progress.during("writing the folder", lambda: exporting.export(found, target))
+    typer.echo(made.to_json() if as_json else "\n".join(made.lines()))
+
+
+@app.command()
+@_mistakes_told()
+def generate(
+    folder: Annotated[
+        Path, typer.Argument(help="an exported folder, or a silo's SILO/state/EXPERIMENT/final")
+    ],
+    prompt: Annotated[str, typer.Option(help="how the document begins")] = "",
+    tokens: Annotated[int, typer.Option(help="at most so many more", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest each time", min=0.0)] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(help="draw among so many likeliest", min=0, show_default="all")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="the same seed, the same text", min=0)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Let a model go on with a text, until it ends the document.
+
+    Example: dept generate python-model --prompt 'def main(' --tokens 40
+    """
+    progress = Progress()
+    with progress.stage("starting"):  # PyTorch takes seconds
+        from dept_fl.evaluate import write_on
+        from dept_fl.pretrained import Encoder, load_pretrained
+
+    model = progress.during("loading the model", lambda: load_pretrained(folder.expanduser()))
+    encoder = Encoder(model.tokenizer, model.vocabulary)
+    start = [encoder.end, *encoder([prompt])[0]]
+    work = partial(write_on, model.model, start, tokens, model.sequence_tokens, seed)
+    written = progress.during("writing", lambda: work(temperature, top_k, encoder.end))
+    text = model.tokenizer.decode([int(model.vocabulary.ids[i]) for i in written])
+    if as_json:
+        facts = {"prompt": prompt, "text": text, "tokens": len(written), "seed": seed}
+        typer.echo(json.dumps(facts))
+    else:
+        typer.echo(harmless(prompt + text))
 
 
 @federation.command("init")

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from dept_fl.config import InnerConfig
 from dept_fl.data import TokenStream
 from dept_fl.errors import DeptError
-from dept_fl.tokenizer import Tokenizer
+from dept_fl.tokenizer import Ids, Tokenizer
 from dept_fl.train import autocast, next_token_loss
 
 
@@ -111,22 +110,49 @@ def sample(
 
     The model sees the last `window` tokens of it.
     """
-    device = next(model.parameters()).device
     local = stream.vocabulary.local_ids()
-    start = torch.tensor([[local[tokenizer.end_id]]], device=device)
+    written = write_on(model, [int(local[tokenizer.end_id])], length, window, seed)
+    return tokenizer.decode([int(stream.vocabulary.ids[i]) for i in written])
+
+
+@torch.no_grad()
+def write_on(
+    model: PreTrainedModel,
+    start: Ids,
+    length: int,
+    window: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    end: int | None = None,
+) -> Ids:
+    """Up to `length` ids that the model writes behind `start`, which it sees the last `window` of.
+
+    Args:
+        temperature: 0 takes the likeliest id each time.
+        top_k: draw among so many likeliest ids; 0: among all.
+        end: the id at which it stops, which is left out.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([start], device=device)
     model.eval()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        ids = _draw(model, start, length, window)
-    return tokenizer.decode([int(stream.vocabulary.ids[i]) for i in ids[0, 1:].tolist()])
+        for _ in range(length):
+            logits = model(input_ids=ids[:, -window:]).logits[:, -1].float()
+            drawn = _drawn(logits, temperature, top_k)
+            if drawn.item() == end:
+                break
+            ids = torch.cat([ids, drawn], dim=1)
+    written: Ids = ids[0, len(start) :].tolist()
+    return written
 
 
-def _draw(
-    model: nn.Module, ids: torch.Tensor, length: int, window: int, temperature: float = 0.8
-) -> torch.Tensor:
-
-    for _ in range(length):
-        logits = model(input_ids=ids[:, -window:]).logits[:, -1].float() / temperature
-        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-    return ids
+def _drawn(logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
+    """[1, 1] an id, by [1, V] logits."""
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)

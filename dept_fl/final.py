@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,35 +18,59 @@ from dept_fl.silo import Silo
 
 @dataclass(frozen=True)
 class Final:
-    """A silo at the end of a run, whose recipe is `silo.recipe`."""
+    """A silo at the end of a run, whose recipe is `silo.recipe`.
 
+    Attributes:
+        folder: where it was read.
+        home: of the silo's text and tokenizer.
+        meta: the facts that `Silo.finish` wrote.
+    """
+
+    folder: Path
+    home: Path
     silo: Silo
     body: Tensors
     embeddings: Tensors
+    meta: dict[str, Any]
 
 
-def read_final(folder: Path, home: Path | None = None) -> Final:
-    """Read what `Silo.finish` kept, with the silo as it was.
+def open_final(folder: Path, home: Path | None = None) -> Final:
+    """What `Silo.finish` kept, whether or not the silo's text is still there.
 
     Args:
         folder: <home>/silos/<silo>/state/<experiment>/final, or a copy of it elsewhere.
         home: of the silo's text and tokenizer; None for the one that `folder` lies in.
 
     Raises:
-        DeptError: the folder is missing or damaged, lies in no home, or the silo's text or
-            tokenizer is not that of the run any more.
+        DeptError: the folder is missing or damaged, is no final one, or lies in no home.
     """
     folder = folder.expanduser().absolute()
     tensors, meta = load_state(folder)
-    recipe = recipe_from_json(json.dumps(meta["recipe"]))
-    silo = Silo(str(meta["silo"]), recipe, home or home_of(folder), folder.parent.name)
+    if not {"silo", "tokenizer", "text", "recipe"} <= meta.keys():
+        raise DeptError(
+            f"{folder}: not the final state of a silo; give SILO/state/EXPERIMENT/final"
+        )
+    recipe, home = recipe_from_json(json.dumps(meta["recipe"])), home or home_of(folder)
+    silo = Silo(str(meta["silo"]), recipe, home, folder.parent.name)
+    body, embeddings = (under_prefix(part, tensors) for part in ("body", "embeddings"))
+    return Final(folder, home, silo, body, embeddings, meta)
+
+
+def read_final(folder: Path, home: Path | None = None) -> Final:
+    """As `open_final`, with the silo as it was in the run.
+
+    Raises:
+        DeptError: the silo's text or tokenizer is not that of the run any more.
+    """
+    final = open_final(folder, home)
+    silo = final.silo
     for key, now in (("tokenizer", silo.tokenizer.fingerprint), ("text", silo.corpus.digest)):
-        if meta[key] != now:
+        if final.meta[key] != now:
             raise DeptError(
-                f"{folder}: silo {silo.name} has {key}={now!r} now, it was {meta[key]!r} in the "
-                f"run; put the old {key} back"
+                f"{final.folder}: silo {silo.name} has {key}={now!r} now, it was "
+                f"{final.meta[key]!r} in the run; put the old {key} back"
             )
-    return Final(silo, under_prefix("body", tensors), under_prefix("embeddings", tensors))
+    return final
 
 
 def home_of(folder: Path) -> Path:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dept_fl.checkpoint import load_state, under_prefix
-from dept_fl.config import Recipe, recipe_from_json
+from dept_fl.checkpoint import Tensors
+from dept_fl.config import Recipe
 from dept_fl.data import tokens_folder
 from dept_fl.errors import DeptError
-from dept_fl.final import home_of
-from dept_fl.model import build, join, layout, seed_of
+from dept_fl.final import Final, open_final
+from dept_fl.model import build, join, seed_of
 from dept_fl.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer, Vocabulary, load_tokenizer
 
 CONTROLS = ("none", "random", "scratch")
@@ -49,37 +48,47 @@ def load_pretrained(folder: Path) -> Pretrained:
     if (folder / "config.json").is_file():
         return _exported(folder)
     if (folder / "state.json").is_file():
-        return _of_silo(folder.resolve())
+        return of_final(open_final(folder.resolve()))
     raise DeptError(
         f"{folder}: no model; give a silo's folder home/silos/SILO/state/EXPERIMENT/final, or a "
         "Hugging Face folder with config.json"
     )
 
 
-def _of_silo(folder: Path) -> Pretrained:
-    tensors, meta = load_state(folder)
-    if not {"silo", "tokenizer", "text", "recipe"} <= meta.keys():
+def of_final(final: Final) -> Pretrained:
+    """The model that a silo kept.
+
+    Raises:
+        DeptError: it is damaged, or its tokenizer is not to be found.
+    """
+    tokenizer = _tokenizer(final)
+    vocabulary, recipe = _vocabulary(final, tokenizer), final.silo.recipe
+    try:
+        return joined(recipe, final.body, final.embeddings, tokenizer, vocabulary)
+    except ValueError as error:
         raise DeptError(
-            f"{folder}: not the final state of a silo; give SILO/state/EXPERIMENT/final"
-        )
-    recipe = recipe_from_json(json.dumps(meta["recipe"]))
-    tokenizer = _tokenizer(folder, recipe, meta)
-    embeddings = under_prefix("embeddings", tensors)
-    parts = layout(recipe.model, recipe.sequence_tokens)
-    rows = next(len(embeddings[name]) for name in parts.tokens if name in embeddings)
-    vocabulary = _vocabulary(folder, tokenizer, meta, rows)
+            f"{final.folder}: its tensors are not those of its recipe: {error}"
+        ) from error
+
+
+def joined(
+    recipe: Recipe,
+    body: Tensors,
+    embeddings: Tensors,
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+) -> Pretrained:
+    """A body with embeddings of these ids, as the recipe's model; ValueError where they differ."""
     end_id = int(vocabulary.local_ids()[tokenizer.end_id])
     model = build(recipe.model, vocabulary.size, recipe.sequence_tokens, 0, end_id)
-    try:
-        join(model, under_prefix("body", tensors), embeddings)
-    except ValueError as error:
-        raise DeptError(f"{folder}: its tensors are not those of its recipe: {error}") from error
+    join(model, body, embeddings)
     return Pretrained(model, tokenizer, vocabulary, recipe.sequence_tokens)
 
 
-def _tokenizer(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Tokenizer:
+def _tokenizer(final: Final) -> Tokenizer:
     """The tokenizer that the silo trained with, known by its fingerprint."""
-    home, silo = home_of(folder), recipe.silos.get(meta["silo"])
+    recipe, home = final.silo.recipe, final.home
+    silo = recipe.silos.get(final.silo.name)
     named = (silo.tokenizer if silo else "") or recipe.shared_tokenizer
     candidates = [str(file) for file in sorted(home.glob("tokenizers/*/*/tokenizer.model"))]
     for candidate in [*candidates, *([named] if named else [])]:
@@ -87,23 +96,31 @@ def _tokenizer(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Tokenizer:
             found = load_tokenizer(candidate)
         except DeptError:
             continue
-        if found.fingerprint == meta["tokenizer"]:
+        if found.fingerprint == final.meta["tokenizer"]:
             return found
     raise DeptError(
-        f"{folder}: the tokenizer that it was trained with is neither in {home / 'tokenizers'} "
-        f"nor {named or 'named in its recipe'}; put the home back as it was"
+        f"{final.folder}: the tokenizer that it was trained with is neither in "
+        f"{home / 'tokenizers'} nor {named or 'named in its recipe'}; put the home back as it was"
     )
 
 
-def _vocabulary(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any], rows: int) -> Vocabulary:
+def _vocabulary(final: Final, tokenizer: Tokenizer) -> Vocabulary:
     """All of the tokenizer's ids, or in TRIM and SPEC those of the silo's own text, V_k."""
+    parts = final.silo.layout
+    rows = next(len(final.embeddings[name]) for name in parts.tokens if name in final.embeddings)
     if rows >= tokenizer.size:
         return Vocabulary.whole(tokenizer)
-    tokens = folder.parents[2] / "tokens"
-    file = tokens_folder(meta["text"], tokenizer, True, tokens) / "vocabulary.npy"
+    file = used_tokens(final, tokenizer) / "vocabulary.npy"
     if not file.is_file():
-        raise DeptError(f"{folder}: {file}, which tells the ids of its embeddings, is missing")
+        raise DeptError(
+            f"{final.folder}: {file}, which tells the ids of its embeddings, is missing"
+        )
     return Vocabulary(np.load(file, allow_pickle=False), tokenizer.size)
+
+
+def used_tokens(final: Final, tokenizer: Tokenizer) -> Path:
+    """The folder of the token stream from which V_k was taken."""
+    return tokens_folder(final.meta["text"], tokenizer, True, final.silo.folder / "tokens")
 
 
 def _exported(folder: Path) -> Pretrained:

@@ -321,11 +321,24 @@ class Silo:
         model = self._model(task.body, embeddings)
         metrics = _evaluation_metrics(self._evaluate(model))
         tensors = {**with_prefix("body", task.body), **with_prefix("embeddings", embeddings)}
-        meta = {**self._tags(task.round - 1), "recipe": json.loads(self.recipe.to_json())}
+        facts = {"recipe": json.loads(self.recipe.to_json()), "data": self._data_facts()}
+        meta = {**self._tags(task.round - 1), **facts, "metrics": metrics}
         save_state(self.final_folder, tensors, meta)
         text = self._sample(model)
         write_whole(self.final_folder / "sample.txt", text)
         return metrics, text, state.warning
+
+    def _data_facts(self) -> dict[str, int]:
+        """Counts for whoever gets the model, and no text."""
+        corpus, stream = self.corpus, self.stream
+        return {
+            "train_documents": corpus.train_documents,
+            "train_bytes": corpus.train_bytes,
+            "train_tokens": len(stream.train),
+            "validation_documents": corpus.validation_documents,
+            "validation_bytes": corpus.validation_bytes,
+            "validation_tokens": len(stream.validation),
+        }
 
     @property
     def final_folder(self) -> Path:

@@ -64,6 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
         if end < 0:
             raise DeptError("a SentencePiece model without an end-of-sentence id")
         self.end_id: int = end
+        self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
@@ -136,6 +137,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         listed = [int(i) for i in ids]
         return str(self._tokenizer.decode(listed, clean_up_tokenization_spaces=False))
+
+    def save(self, folder: Path) -> None:
+        """Write it to a folder from which it can be loaded again."""
+        self._tokenizer.save_pretrained(folder)
 
     def pieces(self) -> list[str]:
         alphabet = byte_level_alphabet()

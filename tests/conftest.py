@@ -63,9 +63,8 @@ def sentencepiece_model(texts: Iterable[str], vocab_size: int = 290, **options: 
         sentence_iterator=iter(texts),
         model_writer=model,
         vocab_size=vocab_size,
-        byte_fallback=True,
         minloglevel=3,
-        **options,
+        **{"byte_fallback": True, **options},
     )
     return model.getvalue()
 
