@@ -164,11 +164,21 @@ def _to_disk(path: Path) -> None:
 def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able facts to `folder`, atomically, with a checksum."""
     with whole_folder(folder, overwrite=True) as draft:
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, draft / _TENSORS)
+        save_file(_apart(tensors), draft / _TENSORS)
         facts = {**meta, "format": _FORMAT, "sha256": _sha256(draft / _TENSORS)}
         whole = {**facts, "meta_sha256": _digest(facts)}
         (draft / _META).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Each in memory of its own, as safetensors wants it; equal ones of a message share theirs."""
+    plain: Tensors = {}
+    places = set()
+    for name, tensor in tensors.items():
+        each = tensor.detach().cpu().contiguous()
+        plain[name] = each.clone() if each.data_ptr() in places else each
+        places.add(each.data_ptr())
+    return plain
 
 
 def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,18 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, tensors: Tensors) -> Non
     save_state(tmp_path / "state", tensors, {})
     loaded, _ = load_state(tmp_path / "state")
     assert {n: bits(t) for n, t in loaded.items()} == {n: bits(t) for n, t in tensors.items()}
+
+
+def test_tensors_that_share_memory_come_back_each_on_its_own(tmp_path: Path) -> None:
+    ones = np.ones(4, np.float32)
+    shared = {"a": torch.from_numpy(ones), "b": torch.from_numpy(ones), "none": torch.zeros(0)}
+    save_state(tmp_path / "state", shared, {})
+    found, _ = load_state(tmp_path / "state")
+    assert {name: t.tolist() for name, t in found.items()} == {
+        "a": [1] * 4,
+        "b": [1] * 4,
+        "none": [],
+    }
 
 
 def test_facts_come_back_with_the_tensors(tmp_path: Path) -> None:

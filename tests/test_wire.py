@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from dept_fl import records
 from dept_fl.checkpoint import load_state, round_folder, save_state
@@ -132,6 +134,20 @@ def test_silos_train_from_the_copy_and_end_with_the_body_itself(
     pretrain(server, silos)
     assert same(server.task("ant").body, server.body)
     assert server.as_change(server.task("ant")).change is None
+
+
+def test_a_silo_keeps_what_arrives_put_together_by_flower(recipe: Make, home: Path):
+    """Norms all begin at 1: equal arrays of a message are one, in the same memory."""
+    server, silos = start(recipe(SMALL), home)
+    task = server.task("ant")
+    objects = get_all_nested_objects(record := records.to_record(task.body))
+    contents = {object_id: each.deflate() for object_id, each in objects.items()}
+    arrived = inflate_object_from_contents(record.object_id, contents)
+    assert isinstance(arrived, ArrayRecord)
+    body = records.from_record(arrived, server.layout.body)
+    assert len({tensor.data_ptr() for tensor in body.values()}) < len(body)
+    update = silos["ant"].train(replace(task, body=body))
+    assert same(update.body, silos["ant"].train(task).body)
 
 
 # ---- both ways through Flower's messages -------------------------------------------------------
