@@ -33,7 +33,7 @@ from dept_fl.data import Batches, TokenStream
 from dept_fl.errors import DeptError
 from dept_fl.evaluate import evaluate
 from dept_fl.model import (
-    build,
+    assemble,
     initial_body,
     initial_embeddings,
     join,
@@ -156,8 +156,7 @@ class Central:
             self.streams, recipe.sequence_tokens, tau, seed_of(recipe.seed, "mixture")
         )
         body, embeddings = start or (self._initial_body(), self._initial_embeddings(1))
-        model = build(recipe.model, self._size, recipe.sequence_tokens, 0)
-        join(model, body, embeddings)
+        model = assemble(recipe.model, recipe.sequence_tokens, body, embeddings, self._size)
         self.model = cast(PreTrainedModel, cast(nn.Module, model).to(pick_device(recipe.device)))
         self._moments: Tensors = {}
         self._position = 0

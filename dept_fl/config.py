@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -120,6 +121,9 @@ class ModelConfig:
 
     preset: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.config))  # so that what follows from a model can be kept
 
 
 @dataclass(frozen=True)
@@ -327,6 +331,10 @@ class Recipe:
         return "spec-opt" if self.variant == "spec" and self.own_tokenizers else self.variant
 
     def to_json(self) -> str:
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:  # goes with every message
         return json.dumps(asdict(self), sort_keys=True)
 
 
@@ -350,6 +358,7 @@ def load_recipe(path: str | Path, overrides: str = "", folder: Path | None = Non
     return _resolve_paths(replace(recipe, model=model), file.parent)
 
 
+@functools.lru_cache(maxsize=2)  # a simulation's worker gets the same one in each message
 def recipe_from_json(text: str) -> Recipe:
     """The recipe that the server sent. Interpolations are refused: they would read this host.
 

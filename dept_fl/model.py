@@ -7,6 +7,7 @@ vocabulary tell which parameters belong to tokens, two that differ in length tel
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -155,6 +157,7 @@ def norm(tensors: Tensors) -> float:
     return float(torch.stack([t.norm() for t in tensors.values()] or [torch.zeros(())]).norm())
 
 
+@functools.lru_cache(maxsize=8)
 def layout(model: ModelConfig, sequence_tokens: int) -> Layout:
     """Find out which parameters are body, tokens and positions.
 
@@ -201,6 +204,41 @@ def build(
 def with_config(config: PretrainedConfig) -> PreTrainedModel:
     """A model like the one that has this config, with fresh parameters."""
     return _from_config(config)
+
+
+def assemble(
+    model: ModelConfig, sequence_tokens: int, body: Tensors, embeddings: Tensors, vocabulary: int,
+    end_id: int = 0,
+) -> PreTrainedModel:  # fmt: skip
+    """A model of this body and these embeddings, fp32 on the CPU.
+
+    Raises:
+        ValueError: they are not those of the model.
+    """
+    with _Undrawn():
+        made = build(model, vocabulary, sequence_tokens, 0, end_id)
+    join(made, body, embeddings)
+    return made
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the random numbers of fresh parameters: most of the time that building takes.
+
+    All else, buffers such as rotary frequencies too, comes out as it should.
+    """
+
+    # By name: torch, torch.nn.init and transformers each have their own.
+    _DRAWS = frozenset({"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_"})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._DRAWS:
+            drawn = args[0] if args else kwargs["tensor"]
+            if isinstance(drawn, nn.Parameter):
+                return drawn
+        return func(*args, **kwargs)
 
 
 def initial_body(model: ModelConfig, sequence_tokens: int, found: Layout, seed: int) -> Tensors:

@@ -18,7 +18,7 @@ from dept_fl.config import Recipe
 from dept_fl.data import tokens_folder
 from dept_fl.errors import DeptError
 from dept_fl.final import Final, open_final
-from dept_fl.model import build, join, seed_of
+from dept_fl.model import assemble, seed_of
 from dept_fl.tokenizer import HuggingFaceTokenizer, Ids, Tokenizer, Vocabulary, load_tokenizer
 
 CONTROLS = ("none", "random", "scratch")
@@ -80,8 +80,9 @@ def joined(
 ) -> Pretrained:
     """A body with embeddings of these ids, as the recipe's model; ValueError where they differ."""
     end_id = int(vocabulary.local_ids()[tokenizer.end_id])
-    model = build(recipe.model, vocabulary.size, recipe.sequence_tokens, 0, end_id)
-    join(model, body, embeddings)
+    model = assemble(
+        recipe.model, recipe.sequence_tokens, body, embeddings, vocabulary.size, end_id
+    )
     return Pretrained(model, tokenizer, vocabulary, recipe.sequence_tokens)
 
 

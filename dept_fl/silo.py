@@ -45,9 +45,24 @@ from dept_fl.data import (
 )
 from dept_fl.errors import DamagedState, DeptError, NeedsWhole
 from dept_fl.evaluate import Evaluation, bits_per_byte, evaluate, sample
-from dept_fl.model import Layout, build, initial_embeddings, join, layout, norm, parameters, seed_of
+from dept_fl.model import (
+    Layout,
+    assemble,
+    build,
+    initial_embeddings,
+    layout,
+    norm,
+    parameters,
+    seed_of,
+)
 from dept_fl.parallel import Workers
-from dept_fl.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from dept_fl.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sentencepiece,
+    train_sentencepiece,
+)
 from dept_fl.train import Schedule, Sequences, Training, pick_device
 from dept_fl.variants import variant
 
@@ -468,8 +483,9 @@ class Silo:
     def _model(self, body: Tensors, embeddings: Tensors) -> PreTrainedModel:
         recipe, vocabulary = self.recipe, self.stream.vocabulary
         end_id = int(vocabulary.local_ids()[self.tokenizer.end_id])
-        model = build(recipe.model, vocabulary.size, recipe.sequence_tokens, 0, end_id)
-        join(model, body, embeddings)
+        model = assemble(
+            recipe.model, recipe.sequence_tokens, body, embeddings, vocabulary.size, end_id
+        )
         return _on(model, self._device)
 
     def _evaluate(self, model: PreTrainedModel) -> Evaluation:
@@ -591,7 +607,7 @@ def _trained_tokenizer(
         model = train_sentencepiece(owner, texts, pieces)
         with whole_folder(file.parent) as draft:
             (draft / file.name).write_bytes(model)
-    return SentencePieceTokenizer(file.read_bytes())
+    return sentencepiece(file.read_bytes())
 
 
 def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

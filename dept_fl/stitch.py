@@ -14,7 +14,7 @@ from dept_fl.checkpoint import Tensors
 from dept_fl.config import Recipe
 from dept_fl.data import Batches, TokenStream
 from dept_fl.errors import DeptError
-from dept_fl.model import Layout, build, join, layout, seed_of
+from dept_fl.model import Layout, assemble, layout, seed_of
 from dept_fl.train import Schedule, pick_device, train
 from dept_fl.transfer import Transferred, stitched
 
@@ -70,8 +70,9 @@ def refine(
     if steps < 1:
         raise DeptError(f"steps={steps}: must be at least 1")
     found = layout(recipe.model, recipe.sequence_tokens)
-    base = build(recipe.model, stream.vocabulary.size, recipe.sequence_tokens, seed=0)
-    join(base, body, start.embeddings)
+    base = assemble(
+        recipe.model, recipe.sequence_tokens, body, start.embeddings, stream.vocabulary.size
+    )
     device = pick_device(recipe.device)
     model = StitchedModel(base, own, start.maps, found).to(device)
     inner = replace(

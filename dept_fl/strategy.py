@@ -30,6 +30,7 @@ _RETURN_S = 120.0  # how long the final body waits for a lost silo; with keys, a
 _SHORTEST_TASK_S = 1.0
 _LEAST_PATIENCE_S = 30.0
 _ASKED_AT_MOST = 5  # times in one round, where a silo gets lost again and again
+_LOOK_S, _SIMULATED_LOOK_S = 1.0, 0.1  # to look costs a request for each reply, or nothing
 
 
 class DeptStrategy(Strategy):
@@ -118,7 +119,7 @@ class DeptStrategy(Strategy):
             self._screen.line(f"making {len(names)} silos ready (tokenizer, token stream) ...")
         else:
             self._screen.line(f"waiting for silos ({self._recipe.min_silos} or more) ...")
-        began, pause = time.monotonic(), _Pause()
+        began, pause = time.monotonic(), self._pause()
         while not self._enough_silos():
             self._members.look()
             for reply in self._post.replies():
@@ -383,7 +384,7 @@ class DeptStrategy(Strategy):
         back. `enough` says whether the others will do; it gets the seconds for which no silo
         has been at work.
         """
-        task = _Task(kind, round_, set(silos), self._deadline_s(len(silos)))
+        task = _Task(kind, round_, set(silos), self._deadline_s(len(silos)), self._pause())
         while task.waiting and time.monotonic() < task.until:
             self._members.look()
             self._ask(grid, task, most=1 if enough(0.0) else _ASKED_AT_MOST)
@@ -563,6 +564,9 @@ class DeptStrategy(Strategy):
             **self._sent[silo],
         }
 
+    def _pause(self) -> _Pause:
+        return _Pause(_SIMULATED_LOOK_S if self._simulated else _LOOK_S)
+
     def _deadline_s(self, silos: int) -> float:
         """Seconds until replies are due: simulated silos queue for the machine."""
         return self._recipe.round_timeout_s * (max(silos, 1) if self._simulated else 1)
@@ -678,19 +682,19 @@ def _of_silo(silo: str, reason: str) -> str:
 
 
 class _Pause:
-    """Waits between looks: short while replies come, a second at most."""
+    """Waits between looks: short while replies come, `longest_s` at most."""
 
-    _SHORTEST_S, _LONGEST_S = 0.02, 1.0
+    _SHORTEST_S = 0.02
 
-    def __init__(self) -> None:
-        self._seconds = self._SHORTEST_S
+    def __init__(self, longest_s: float) -> None:
+        self._seconds, self._longest_s = self._SHORTEST_S, longest_s
 
     def reset(self) -> None:
         self._seconds = self._SHORTEST_S
 
     def wait(self) -> None:
         time.sleep(self._seconds)
-        self._seconds = min(2 * self._seconds, self._LONGEST_S)
+        self._seconds = min(2 * self._seconds, self._longest_s)
 
 
 @dataclass
@@ -710,10 +714,10 @@ class _Task:
     round: int
     waiting: set[str]
     limit_s: float
+    pause: _Pause
     asked: Counter[str] = field(default_factory=Counter)
     most: int = 1
     told: set[str] = field(default_factory=set)
-    pause: _Pause = field(default_factory=_Pause)
     busy_s: float = 0.0
 
     def __post_init__(self) -> None:

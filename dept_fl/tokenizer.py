@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -21,6 +22,7 @@ Ids = list[int]
 _SPACE = "▁"  # U+2581, which SentencePiece writes for a space
 _SCORE_STEPS = 64  # a nat; sums up to 2**18 nats are exact
 _LONGEST_LINE = 1000  # characters; the trainer skips lines over 4192 bytes without a word
+_KEPT = 8  # tokenizers in memory; to make one of 50,000 pieces takes half a second
 
 
 class Tokenizer(Protocol):
@@ -165,15 +167,31 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """
     path = Path(name)
     if path.suffix != ".model":
-        return HuggingFaceTokenizer(str(name))
+        return _hugging_face(str(name), _stamp(path))
     if not path.is_file():
         raise _unusable(name, "no such file")
     try:
-        return SentencePieceTokenizer(path.read_bytes())
+        return sentencepiece(path.read_bytes())
     except (RuntimeError, OSError) as error:
         raise _unusable(name, "not readable as a SentencePiece model") from error
     except DeptError as error:
         raise _unusable(name, str(error)) from error
+
+
+@functools.lru_cache(_KEPT)
+def sentencepiece(model: bytes) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model)
+
+
+@functools.lru_cache(_KEPT)
+def _hugging_face(name: str, _: tuple[tuple[str, int, int], ...]) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(name)
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of the files in it, which change whenever they do."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
 
 def _unusable(name: str | Path, reason: str) -> DeptError:

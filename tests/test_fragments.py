@@ -76,7 +76,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += PACE[self.name] * UNIT
-        return Training(1.0, 1.0, 1.0, self.recipe.round_tokens, 0.1, {})
+        return Training(1.0, 1.0, 1.0, self.recipe.round_tokens, 0.1, 0.1, 0, {})
 
     monkeypatch.setattr(Silo, "_train_steps", move)
 

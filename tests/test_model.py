@@ -11,6 +11,7 @@ from dept_fl.config import CONF_DIR, Recipe, load_recipe
 from dept_fl.config import ModelConfig as Model
 from dept_fl.errors import ConfigError
 from dept_fl.model import (
+    assemble,
     build,
     initial_body,
     initial_embeddings,
@@ -214,6 +215,35 @@ def test_split_then_join_gives_the_same_model_bit_for_bit(name: str) -> None:
     join(target, body, embeddings)
     assert all(torch.equal(p, parameters(source)[n]) for n, p in parameters(target).items())
     assert torch.equal(logits(target, some_tokens()), logits(source, some_tokens()))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_assembled_model_is_the_one_that_was_split_its_buffers_too(name: str) -> None:
+    source, body, embeddings = halves(name, seed=1)
+    made = assemble(Model(config=SMALL[name]), LENGTH, body, embeddings, 50)
+    assert [n for n, _ in made.named_parameters()] == [n for n, _ in source.named_parameters()]
+    buffers = dict(source.named_buffers())
+    assert all(torch.equal(b, buffers[n]) for n, b in made.named_buffers())
+    assert torch.equal(logits(made, some_tokens()), logits(source, some_tokens()))
+
+
+def test_an_assembled_model_leaves_out_the_drawing_of_parameters_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[torch.Tensor] = []
+    draw = torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda t, *a, **k: [drawn.append(t), draw(t)][1])
+    _, body, embeddings = halves("llama-tied", seed=1)
+    assert drawn
+    drawn.clear()
+    assemble(Model(config=SMALL["llama-tied"]), LENGTH, body, embeddings, 50)
+    assert not drawn
+
+
+def test_layouts_of_different_models_with_the_same_settings_differ() -> None:
+    wide = {**LLAMA, "hidden_size": 32}
+    shapes = [layout(Model(config=config), LENGTH).body for config in (LLAMA, wide, LLAMA)]
+    assert shapes[0] == shapes[2] != shapes[1]
 
 
 def test_a_tied_head_stays_tied_behind_join() -> None:

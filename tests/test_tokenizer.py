@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -330,6 +331,17 @@ def test_a_tokenizer_saved_to_cut_and_fill_texts_does_neither(folder: Path, tmp_
     text = "the leaf is under"
     assert cutting.decode(cutting.encode([text, "the"])[0]) == text
     assert cutting.end_id not in cutting.encode([text, "the"])[1]
+
+
+def test_a_folder_that_changed_is_loaded_anew(folder: Path, tmp_path: Path) -> None:
+    changing = tmp_path / "changing"
+    shutil.copytree(folder, changing)
+    before = load_tokenizer(changing)
+    assert load_tokenizer(changing) is before
+    file = changing / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "eos_token": "leaf"}))
+    assert load_tokenizer(changing).fingerprint != before.fingerprint
 
 
 def test_text_that_looks_like_the_end_token_ends_no_document(byte_level: Tokenizer) -> None:
