@@ -1,0 +1,341 @@
+"""Seconds, bytes and memory of a round over a real deployment, beside Flower's FedAvg.
+
+python -m benchmarks.clock [--parameters 100e6] [--silos 4] [--rounds 3]
+                           [--wires fp32,bf16,int8,int4] [--json FILE] [--quick]
+
+A SuperLink and SuperNodes on loopback, all on this machine. First FedAvg, with clients that send
+back what arrives plus a constant: without and with the libraries that a client loads which trains
+a language model, since each message has a process of its own. Then this project's app with each
+codec, with silos that train one step on one short sequence, so that the body's size dominates.
+Rounds are timed where the server app runs, from the first message to the merged body and its
+checkpoint; the first of a run is left out, since it sends the body whole. Training (evaluation,
+too) is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from benchmarks.merge import held
+from dept_fl.config import load_recipe
+from dept_fl.jobs import about
+from dept_fl.model import layout
+from dept_fl.report import Event, Ledger
+from tests.conftest import write_text
+from tests.deployment import CONNECTION, Federation
+
+ROOT = Path(__file__).resolve().parents[1]
+FEDAVG, LOADED = "FedAvg", "FedAvg, libraries loaded"
+# The downlink's codec by the uplink's: 4 bits are for deltas that come with error feedback.
+DOWN = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
+_LOOK_EVERY_S = 0.1
+_STEP = ("evaluate_s", "train_s")
+_AROUND = ("load_s", "settle_s", "encode_s", "save_s")
+
+RECIPE = """
+name: clock
+seed: 1
+vocab_size: 320
+sequence_tokens: 16
+rounds: {rounds}
+min_silos: {silos}
+round_timeout_s: 3600
+validation_fraction: 0.2
+sample_tokens: 1
+evaluate_every: {rounds}
+model:
+  config:
+    {{model_type: llama, hidden_size: {width}, intermediate_size: {inner},
+     num_hidden_layers: {layers},
+     num_attention_heads: 8, num_key_value_heads: 8, tie_word_embeddings: true}}
+inner: {{local_steps: 1, batch_size: 1, learning_rate: 1.0e-4, warmup_steps: 1, state: reset}}
+wire: {{up: {up}, down: {down}}}
+"""
+
+PYPROJECT = """
+[project]
+name = "clock-fedavg"
+version = "1.0.0"
+description = "FedAvg without training"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "dept-fl"
+
+[tool.flwr.app.components]
+serverapp = "fedavg:server"
+clientapp = "fedavg:client"
+
+[tool.flwr.app.config]
+shapes = ""
+silos = 0
+rounds = 0
+out = ""
+loads = false
+"""
+
+APP = """
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.train()
+def train(message, context):
+    if context.run_config["loads"]:
+        from transformers import PreTrainedModel  # noqa: F401
+    arrived = message.content["arrays"]
+    arrays = ArrayRecord({name: Array(array.numpy() + 1e-4) for name, array in arrived.items()})
+    metrics = MetricRecord({"num-examples": 1})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+class Timed(FedAvg):
+    def configure_train(self, *given):
+        self.began = time.monotonic()
+        messages = list(super().configure_train(*given))
+        self.down = sum(bytes_of(message) for message in messages)
+        return messages
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        up = sum(bytes_of(reply) for reply in replies)
+        found = super().aggregate_train(server_round, replies)
+        row = {"seconds": time.monotonic() - self.began, "up": up, "down": self.down}
+        with Path(self.out).open("a") as file:
+            file.write(json.dumps(row) + "\\n")
+        return found
+
+
+def bytes_of(message):
+    return sum(len(array.data) for array in message.content["arrays"].values())
+
+
+@server.main()
+def main(grid, context):
+    config = context.run_config
+    shapes = json.loads(Path(config["shapes"]).read_text())
+    arrays = {name: Array(np.full(shape, 0.01, np.float32)) for name, shape in shapes.items()}
+    silos = config["silos"]
+    strategy = Timed(
+        fraction_evaluate=0.0, min_train_nodes=silos, min_evaluate_nodes=0,
+        min_available_nodes=silos,
+    )
+    strategy.out = config["out"]
+    strategy.start(grid, ArrayRecord(arrays), num_rounds=config["rounds"])
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a deployment."""
+
+    width: int
+    layers: int
+    silos: int
+    rounds: int
+
+    @classmethod
+    def of(cls, parameters: float, silos: int, rounds: int) -> Size:
+        width = 1024 if parameters > 3e7 else 512
+        layer = 4 * width**2 + 3 * width * cls.inner_of(width)
+        return cls(width, max(1, round(parameters / layer)), silos, rounds)
+
+    @staticmethod
+    def inner_of(width: int) -> int:
+        return 11 * width // 4
+
+    def recipe(self, wire: str) -> str:
+        facts = {"width": self.width, "layers": self.layers, "inner": self.inner_of(self.width)}
+        run = {"silos": self.silos, "rounds": self.rounds}
+        return RECIPE.format(**facts, **run, up=wire, down=DOWN[wire])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=float, default=100e6, help="of the body")
+    parser.add_argument("--silos", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="2 or more; the first is left out")
+    parser.add_argument("--wires", default=",".join(DOWN), help=f"of {', '.join(DOWN)}")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="6 M parameters, 2 silos, 4 bits")
+    options = parser.parse_args()
+    size = Size.of(options.parameters, options.silos, options.rounds)
+    wires = options.wires.split(",")
+    if options.quick:
+        size, wires = Size.of(6e6, silos=2, rounds=2), ["int4"]
+    rows = []
+    for wire in (FEDAVG, LOADED, *wires):
+        rows.append(measure(wire, size))
+        print(f"{wire}: {rows[-1]['seconds']:.1f} s a round", file=sys.stderr, flush=True)
+    print(table(rows))
+    if options.json:
+        facts = {"machine": about("python -m benchmarks.clock"), "rows": rows}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def measure(wire: str, size: Size) -> Event:
+    """One run of FedAvg, or of this project with a codec, in a federation of its own."""
+    with tempfile.TemporaryDirectory(prefix="dept-clock-") as name:
+        folder = Path(name)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(size.recipe(wire if wire in DOWN else "fp32"))
+        loaded = load_recipe(recipe)
+        shapes = layout(loaded.model, loaded.sequence_tokens).body
+        with Federation(folder, secure=False) as federation:
+            link = federation.superlink()
+            for i in range(size.silos):
+                federation.supernode(f"node-{i}", f'silo="{silo_file(folder, i)}"')
+            federation.wait_until_online(size.silos)
+            with peaks(psutil.Process(link.process.pid)) as memory:
+                if wire in DOWN:
+                    rounds = ours(federation, recipe)
+                else:
+                    rounds = fedavg(federation, shapes, size, loads=wire == LOADED)
+        body = 4 * sum(map(prod, shapes.values()))
+        kept = rounds[1:]
+        return {
+            "wire": wire,
+            "silos": size.silos,
+            "parameters": body // 4,
+            **{key: median(each[key] for each in kept) for key in kept[0]},
+            **{f"{name}_bytes": most for name, most in memory.items()},
+            "rounds": rounds,
+        }
+
+
+def silo_file(folder: Path, number: int) -> Path:
+    own = folder / f"silo-{number}"
+    own.mkdir()
+    write_text(own, "ant")
+    file = own / "silo.yaml"
+    file.write_text(
+        f"name: silo-{number}\nfiles: ant.jsonl\nvocab_size: 320\nhome: home\ndevice: cpu\n"
+        "validation_fraction: 0.2\n"
+    )
+    return file
+
+
+def fedavg(
+    federation: Federation, shapes: dict[str, tuple[int, ...]], size: Size, loads: bool
+) -> list[Event]:
+    """Seconds and bytes by round."""
+    app = federation.folder / "clock-fedavg"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PYPROJECT)
+    (app / "fedavg.py").write_text(APP)
+    out, given = app / "rounds.jsonl", federation.folder / "shapes.json"
+    given.write_text(json.dumps(shapes))
+    words = f'shapes="{given}" silos={size.silos} rounds={size.rounds} out="{out}" '
+    words += f"loads={str(loads).lower()}"
+    federation.flwr("run", str(app), CONNECTION, "--stream", "--run-config", words)
+    return [{**json.loads(line), "step_s": 0.0} for line in out.read_text().splitlines()]
+
+
+def ours(federation: Federation, recipe: Path) -> list[Event]:
+    """Seconds and bytes by round with its checkpoint, from the run's ledger."""
+    run_dir = federation.folder / "run"
+    words = f'recipe="{recipe}" run-dir="{run_dir}" home="{federation.folder / "server-home"}"'
+    done = federation.flwr("run", str(ROOT), CONNECTION, "--stream", "--run-config", words)
+    events = Ledger(run_dir).read()
+    if events[-1]["event"] != "end":
+        raise SystemExit(f"the run failed:\n{done.stdout}")
+    rounds = range(1, events[-1]["round"] + 1)
+    return [round_of([each for each in events if each.get("round") == r]) for r in rounds]
+
+
+def round_of(events: list[Event]) -> Event:
+    """What the ledger tells of a round; seconds of silos are those of the slowest."""
+    whole, saved = (one(events, kind) for kind in ("round", "checkpoint"))
+    silos = [each for each in events if each["event"] == "silo_train"]
+    return {
+        "seconds": whole["seconds"] + saved["save_s"],
+        "up": sum(each["bytes_up_body"] for each in silos),
+        "down": sum(each["bytes_down_body"] for each in silos),
+        "step_s": max(sum(each.get(key, 0.0) for key in _STEP) for each in silos),
+        "push_s": whole["push_s"],
+        "silo_s": max(sum(each[key] for key in _AROUND) for each in silos),
+        "fetch_s": sum(each["transfer_s"] for each in silos),
+        "check_s": sum(each["merge_s"] for each in silos),
+        "outer_s": whole["outer_s"],
+        "save_s": saved["save_s"],
+    }
+
+
+def one(events: list[Event], kind: str) -> Event:
+    return next(each for each in events if each["event"] == kind)
+
+
+@contextmanager
+def peaks(superlink: psutil.Process) -> Iterator[dict[str, int]]:
+    """The most bytes that the SuperLink, and the run's ServerApp, hold for themselves."""
+    most, over = {"superlink": 0, "serverapp": 0}, threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_EVERY_S):
+            most["superlink"] = max(most["superlink"], held(superlink.pid))
+            for each in superlink.children(recursive=True):
+                with suppress(OSError, RuntimeError, psutil.Error):  # it is just ending
+                    if any("flwr-serverapp" in word for word in each.cmdline()):
+                        most["serverapp"] = max(most["serverapp"], held(each.pid))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+def table(rows: list[Event]) -> str:
+    """Markdown: rounds beside those of FedAvg, and what a round of ours is made of."""
+    plain = next(row["seconds"] for row in rows if row["wire"] == FEDAVG)
+    body = 4 * rows[0]["parameters"]
+    lines = [
+        f"{body / 4e6:.1f} M parameters ({body / 1e9:.2f} GB), {rows[0]['silos']} silos",
+        "",
+        "| wire | s a round | of it training | the rest, of FedAvg's | MB up | MB down "
+        "| SuperLink, GB | ServerApp, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        rest = (r["seconds"] - r["step_s"]) / plain
+        lines.append(
+            f"| {r['wire']} | {r['seconds']:.1f} | {r['step_s']:.1f} | {rest:.2f} | "
+            f"{r['up'] / 1e6:.1f} | {r['down'] / 1e6:.1f} | {r['superlink_bytes'] / 1e9:.2f} | "
+            f"{r['serverapp_bytes'] / 1e9:.2f} |"
+        )
+    lines += ["", "| wire | push | silo, but for training | fetch | check | merge | checkpoint |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for r in rows:
+        if r["wire"] in DOWN:
+            parts = ("push_s", "silo_s", "fetch_s", "check_s", "outer_s", "save_s")
+            lines.append(f"| {r['wire']} | " + " | ".join(f"{r[p]:.1f}" for p in parts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
