@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= $(or $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT),39091)
 
-.PHONY: demo test check format setup stop clean
+.PHONY: demo test check bench format setup stop clean
 
 demo: setup  ## pre-train across the demo's silos, everything written into this folder
 	DEPT_HOME="$(CURDIR)" $(BIN)/dept run conf/demo.yaml
@@ -22,6 +22,15 @@ check: setup  ## format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+BENCHMARKS := inner_step memory merge prepare round_overhead scale clock
+
+bench: setup  ## the short form of each benchmark; their own pages tell what the long ones take
+	@for name in $(BENCHMARKS); do \
+	  echo "== python -m benchmarks.$$name --quick"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; \
+	done
+	@echo "== python -m benchmarks.codec --quick --recipe conf/demo.yaml"
+	@DEPT_HOME="$(CURDIR)" $(BIN)/python -m benchmarks.codec --quick --recipe conf/demo.yaml
 
 format: setup
 	$(BIN)/ruff format .
