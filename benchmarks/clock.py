@@ -28,7 +28,7 @@ from statistics import median
 
 import psutil
 
-from benchmarks.merge import held
+from benchmarks.merge import held_bytes
 from dept_fl.config import load_recipe
 from dept_fl.jobs import about
 from dept_fl.model import layout
@@ -295,11 +295,11 @@ def peaks(superlink: psutil.Process) -> Iterator[dict[str, int]]:
 
     def look() -> None:
         while not over.wait(_LOOK_EVERY_S):
-            most["superlink"] = max(most["superlink"], held(superlink.pid))
+            most["superlink"] = max(most["superlink"], held_bytes(superlink.pid))
             for each in superlink.children(recursive=True):
                 with suppress(OSError, RuntimeError, psutil.Error):  # it is just ending
                     if any("flwr-serverapp" in word for word in each.cmdline()):
-                        most["serverapp"] = max(most["serverapp"], held(each.pid))
+                        most["serverapp"] = max(most["serverapp"], held_bytes(each.pid))
 
     watcher = threading.Thread(target=look)
     watcher.start()

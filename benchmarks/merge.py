@@ -29,7 +29,7 @@ from benchmarks.timing import fastest
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import ModelConfig, Recipe, with_settings
 from dept_fl.jobs import about
-from dept_fl.merge import Delta, merged
+from dept_fl.merge import Delta, holders, merged
 from dept_fl.report import Event
 from dept_fl.rounds import Merge, Server, SharedTokenizer
 from dept_fl.silo import Registration, Update
@@ -84,7 +84,7 @@ def measure(case: str, silos: int, layers: int) -> Event:
     for i, name in enumerate(names):
         server.register(registration(name, rows_of(i, server.recipe)))
     sizes = nbytes(server.outgoing)
-    idle = held() - sizes * (1 + (server.recipe.wire.down != "fp32"))
+    idle = held_bytes() - sizes * (1 + (server.recipe.wire.down != "fp32"))
     with peak() as most:
         rounds = [one_round(server) for _ in range(_ROUNDS)]
     add_s, merge_s, close_s = (min(times) for times in zip(*rounds[1:], strict=True))
@@ -126,7 +126,8 @@ def merge_alone_s(server: Server, merge: Merge) -> float:
     shapes = {name: tuple(tensor.shape) for name, tensor in server.outgoing.items()}
     tokens = server.layout.tokens if server.embeddings else {}
     began = time.perf_counter()
-    for _ in merged(deltas, shapes, tokens, server.recipe.outer):
+    held = holders(deltas, _TOKENS if tokens else 0)
+    for _ in merged(deltas, shapes, tokens, held, server.recipe.outer):
         pass
     return time.perf_counter() - began
 
@@ -212,7 +213,7 @@ def nbytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def held(process: int | str = "self") -> int:
+def held_bytes(process: int | str = "self") -> int:
     """Bytes that a process alone has in memory."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -223,11 +224,11 @@ def held(process: int | str = "self") -> int:
 @contextmanager
 def peak() -> Iterator[list[int]]:
     """The most that is held within the block, looked at again and again."""
-    most, over = [held()], threading.Event()
+    most, over = [held_bytes()], threading.Event()
 
     def look() -> None:
         while not over.wait(_LOOK_EVERY_S):
-            most[0] = max(most[0], held())
+            most[0] = max(most[0], held_bytes())
 
     watcher = threading.Thread(target=look)
     watcher.start()

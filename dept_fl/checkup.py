@@ -252,15 +252,18 @@ class Checkup:
         home, silo, recipe = self._silo_file.home, self._silo, self._own_recipe
         body, wire = silo.layout.body_parameters(), recipe.wire
         held = body + silo.layout.embedding_parameters(silo.stream.vocabulary.size)
-        kept = held - body  # its embeddings
+        travels = held if recipe.variant != "spec" else body
+        kept = held - travels  # its embeddings
         if recipe.inner.state == "keep":
             kept += 2 * held
         if wire.up != "fp32" and wire.error_feedback:
-            kept += body
+            kept += travels
         if wire.sends_changes:
-            kept += body  # as it came
+            kept += travels  # as it came
         kept += body - body // wire.fragments  # of its own
-        needed = _FP32_BYTES * (_KEPT_STATES * kept + held)
+        # To several processes and back go the model and its moments.
+        passed = 2 * 3 * held if recipe.processes > 1 else 0
+        needed = _FP32_BYTES * (_KEPT_STATES * kept + held + passed)
         free = shutil.disk_usage(home).free
         words = f"{size(needed)} for the silo's states, {size(free)} free in {home}"
         facts = {"state_bytes": needed, "free_bytes": free}

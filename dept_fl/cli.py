@@ -81,7 +81,7 @@ def run(
         }
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGHUP, _interrupt)
-        status = simulate(config, nodes, cpus, len(made.silo_names))
+        status = simulate(config, nodes, cpus, len(made.silo_names), made.processes)
     except KeyboardInterrupt:
         typer.echo("stopped; go on with --resume and the same --run-dir", err=True)
         raise typer.Exit(130) from None

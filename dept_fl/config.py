@@ -201,13 +201,14 @@ class WireConfig:
     Attributes:
         up: codec of the silos' deltas: `fp32` as in the paper, `bf16`, `int8` or `int4`.
         error_feedback: whether a silo keeps what the codec lost and adds it to its next delta.
-        down: codec of the body's (and embeddings') change since the round before. `fp32` sends
-            them whole; with the others they go whole, in fp32, where a silo does not have those of
-            the round before (its first round, one that it missed, a server that was started
-            again), and in the end.
+        down: codec of the body's (and embeddings') change since the round before. `fp32` without
+            fragments sends them whole; else they go whole, in fp32, where a silo does not have
+            those of the round before (its first round, one that it missed, a server that was
+            started again), and in the end.
         fragments: parts of the body that are synchronised in turn, one a round, and all in the
             last (Streaming DiLoCo, Douillard et al. 2025); of the others each silo trains its own.
-            1 synchronises the whole body in each round.
+            1 synchronises the whole body in each round. With silos_per_round few silos have been
+            in the round before, and most get the body whole.
     """
 
     up: str = "fp32"

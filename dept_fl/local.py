@@ -25,8 +25,13 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 
 
-def simulate(config: dict[str, Any], nodes: int, cpus: int, silos: int) -> str:
-    """Submit one run to a SuperLink of our own; return Flower's final status of it."""
+def simulate(config: dict[str, Any], nodes: int, cpus: int, silos: int, gpus: int) -> str:
+    """Submit one run to a SuperLink of our own; return Flower's final status of it.
+
+    Args:
+        cpus, gpus: of one simulated client; GPUs only where there are any.
+        silos: that run side by side at most.
+    """
     flower_home = Path(config["home"]) / "flower"
     environment = flower_environment(flower_home)
     with _superlink(flower_home, environment) as connection:
@@ -34,7 +39,7 @@ def simulate(config: dict[str, Any], nodes: int, cpus: int, silos: int) -> str:
         settings = Path(environment["FLWR_HOME"]) / "run-config.toml"
         settings.write_text("".join(f"{k} = {_toml(v)}\n" for k, v in config.items()), "utf-8")
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
-        federation += f" init-args-num-cpus={_cpus_to_use(cpus, silos)}{_gpu_share()}"
+        federation += f" init-args-num-cpus={_cpus_to_use(cpus, silos)}{_gpu_share(gpus)}"
         command = ["flwr", "run", str(CONF_DIR.parent), connection, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", federation]
         try:
@@ -60,11 +65,11 @@ def _cpus_to_use(cpus: int, silos: int) -> int:
     return max(cpus, min(have, cpus * silos))
 
 
-def _gpu_share() -> str:
+def _gpu_share(gpus: int) -> str:
     """Flower hides GPUs from simulated clients that do not ask for a share of one."""
     import torch  # takes seconds that `dept stop` need not wait
 
-    return " client-resources-num-gpus=1.0" if torch.cuda.is_available() else ""
+    return f" client-resources-num-gpus={gpus}.0" if torch.cuda.is_available() else ""
 
 
 def flower_environment(flower_home: Path) -> dict[str, str]:

@@ -51,7 +51,11 @@ def holders(deltas: Sequence[Delta], rows: int) -> torch.Tensor:
 
 
 def merged(
-    deltas: Sequence[Delta], shapes: Shapes, row_tensors: Collection[str], outer: OuterConfig
+    deltas: Sequence[Delta],
+    shapes: Shapes,
+    row_tensors: Collection[str],
+    held: torch.Tensor,
+    outer: OuterConfig,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """One delta from those of the silos, tensor by tensor; each takes the memory of the last one.
 
@@ -59,17 +63,19 @@ def merged(
     ignored"; 0 where none does), every other one over all. The order of `deltas` decides the last
     bits.
 
+    Args:
+        held: [rows], of the token tensors: how many of the silos hold a row (`holders`).
+
     Yields:
         names and fp32 tensors of `shapes`.
     """
     memory = torch.empty(max((prod(shape) for shape in shapes.values()), default=0))
-    held = holders(deltas, next((shapes[name][0] for name in row_tensors), 0))
     at_once = _CHUNK_NUMBERS // (1 if outer.merge == "mean" else len(deltas))
     # The median is the mean of the middle one or two: trimmed as far as it goes.
     fraction = 0.5 if outer.merge == "median" else outer.trim_fraction
     for name, shape in shapes.items():
         result, by_row = memory[: prod(shape)].view(shape), name in row_tensors
-        rows = result.view(_rows_and_width(shape))
+        rows = result.view(_rows_and_width(shape, by_row))
         step = max(1, at_once // max(rows.shape[1], 1))
         for start in range(0, len(rows), step):
             into = rows[start : start + step]
@@ -82,14 +88,14 @@ def merged(
         yield name, result
 
 
-def _rows_and_width(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (shape[0] if shape else 1), prod(shape[1:])
+def _rows_and_width(shape: tuple[int, ...], by_row: bool) -> tuple[int, int]:
+    return (shape[0], prod(shape[1:])) if by_row else (prod(shape), 1)
 
 
 def _part(delta: Delta, name: str, start: int, count: int, by_row: bool) -> _Part:
     """What a silo has of `count` rows from `start` on."""
     tensor = delta.tensors[name]
-    tensor = tensor.reshape(_rows_and_width(tuple(tensor.shape)))
+    tensor = tensor.reshape(_rows_and_width(tuple(tensor.shape), by_row))
     if delta.rows is None or not by_row:
         return _Part(tensor[start : start + count], None, delta.scale)
     ends = torch.tensor([start, start + count])

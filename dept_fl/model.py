@@ -6,6 +6,7 @@ vocabulary tell which parameters belong to tokens, two that differ in length tel
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import hashlib
@@ -64,16 +65,16 @@ class Layout:
         Raises:
             ConfigError: the body has fewer blocks.
         """
-        parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
-        blocks: list[str] = []
-        for name, shape in self.body.items():
-            block = _BLOCK.match(name)
-            if block and block[0] not in blocks:
-                blocks.append(block[0])
-            parts[max(len(blocks) - 1, 0) % count][name] = shape
-        if not all(parts):
+        found = [_BLOCK.match(name) for name in self.body]
+        blocks = list(dict.fromkeys(match[0] for match in found if match))
+        if count > max(len(blocks), 1):
             have = f"the model has {len(blocks)} blocks; set it to as many at most"
             raise ConfigError([f"wire.fragments={count}: {have}"])
+        parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
+        block = 0
+        for (name, shape), match in zip(self.body.items(), found, strict=True):
+            block = blocks.index(match[0]) if match else block
+            parts[block % count][name] = shape
         return parts
 
     def synchronised(self, recipe: Recipe, round_: int) -> dict[str, tuple[int, ...]]:
@@ -273,7 +274,7 @@ def _own_generator(seed: int) -> Iterator[None]:
 def _config(
     model: ModelConfig, vocabulary: int, sequence_tokens: int, end_id: int
 ) -> PretrainedConfig:
-    settings: dict[str, Any] = dict(model.config)
+    settings: dict[str, Any] = copy.deepcopy(model.config)  # transformers writes into mappings
     kind = _known_kind(settings.pop("model_type", None))
     try:
         config = AutoConfig.for_model(kind, **settings)

@@ -349,9 +349,10 @@ class Server:
         """What each delta is multiplied with, so that no norm is over the limit."""
         norms = {name: merge.norms[name][part] for name in merge.merged}
         limit = self._norms.limit(part, self.recipe.outer.clip_delta, list(norms.values()))
-        if part == _EMBEDDINGS or merge.round >= len(self._fragments):
-            # A fragment's first delta is of fewer rounds than those to come.
-            self._norms.add(part, [min(norm, limit) for norm in norms.values()])
+        # A fragment's first delta is of fewer rounds than those to come.
+        count = 1 if part == _EMBEDDINGS else len(self._fragments)
+        grows = count / min(merge.round, count)
+        self._norms.add(part, [min(norm, limit) * grows for norm in norms.values()])
         return {name: 1.0 if norm <= limit else limit / norm for name, norm in norms.items()}
 
     def _step(self, merge: Merge, part: str, scales: Mapping[str, float]) -> None:
@@ -366,7 +367,7 @@ class Server:
         tokens = self.layout.tokens if part == _EMBEDDINGS and own else {}
         held = holders(deltas, next((shapes[name][0] for name in tokens), 0))
         unheld = (held == 0).nonzero().flatten()
-        self._outer.step(merged(deltas, shapes, tokens, self.recipe.outer), unheld)
+        self._outer.step(merged(deltas, shapes, tokens, held, self.recipe.outer), unheld)
 
     # ---- members ---------------------------------------------------------------------------
 

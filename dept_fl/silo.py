@@ -331,6 +331,8 @@ class Silo:
         Returns:
             the evaluation's metrics, the sample, and a warning or nothing.
         """
+        if task.change is not None:
+            raise DeptError(f"silo {self.name}: the final body came as a change, not whole")
         state = self._state(task.start_round)
         embeddings = self._start_embeddings(task, state)
         model = self._model(task.body, embeddings)
@@ -385,8 +387,11 @@ class Silo:
                 ) from damage
             found = self._state(older[-1])
             warning = f"{damage}; going on from its state of round {older[-1]}"
-            # What its codec lost then was sent with the round whose state is damaged.
-            return replace(found, lost={}, warning=found.warning or warning)
+            # What its codec had lost was sent since, but of fragments whose turn did not come.
+            since = range(older[-1] + 1, round_ + 1)
+            sent = {n for r in since for n in self.layout.synchronised(self.recipe, r)}
+            lost = {n: found.lost[n] for n in self.layout.body.keys() & found.lost.keys() - sent}
+            return replace(found, lost=lost, warning=found.warning or warning)
 
     def _state_of(self, round_: int) -> _State:
         tensors, meta = load_state(round_folder(self._states, round_))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dept_fl.checkpoint import round_folder
 from dept_fl.config import Recipe
 from dept_fl.errors import BadUpdate, ConfigError
 from dept_fl.model import Layout
@@ -216,4 +218,36 @@ def test_each_fragment_is_clipped_to_what_is_usual_of_it(recipe: Make, home: Pat
         train_round(server, silos)
     usual = server._norms.rounds
     assert {part: len(norms) for part, norms in usual.items()} == {
-        "body 1": 2, "body 2": 2, "embeddings": 5}  # fmt: skip
+        "body 1": 3, "body 2": 2, "embeddings": 5}  # fmt: skip
+
+
+@pytest.mark.usefixtures("paced")
+def test_a_fragments_first_delta_counts_as_if_it_were_of_a_whole_turn(recipe: Make, home: Path):
+    """All silos at their pace: fragment 0 moved for one round of two, fragment 1 for both."""
+    server, silos = start(recipe(f"{SPEC} only=[ant,bee] wire.fragments=2"), home)
+    for _ in range(3):
+        train_round(server, silos)
+    numbers = [sum(prod(s) for s in part.values()) for part in server.layout.fragments(2)]
+    expected = [[1.0 * 2, 3.0 * 2], [2.0, 6.0], [2.0, 6.0]]  # in units, of the rounds 1, 2, 3
+    found = server._norms.rounds
+    for got, units, count in zip(
+        [*found["body 1"][:1], *found["body 2"], *found["body 1"][1:]],
+        expected,
+        [numbers[0], numbers[1], numbers[0]],
+        strict=True,
+    ):
+        assert got == pytest.approx([u * UNIT * count**0.5 for u in units], rel=1e-2)
+
+
+def test_of_a_damaged_state_what_was_not_sent_since_is_still_owed(recipe: Make, home: Path):
+    """Round 3 sent what was lost of fragment 0 in round 1, not what was of fragment 1 in 2."""
+    server, silos = start(recipe(f"{SPEC} rounds=8 wire.fragments=2 wire.up=int4"), home)
+    for _ in range(3):
+        train_round(server, silos)
+    ant = silos["ant"]
+    before = ant._state(2).lost
+    file = round_folder(ant._states, 3) / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    owed = ant._state(3).lost
+    assert owed.keys() == server.layout.fragments(2)[1].keys()
+    assert same(owed, {name: before[name] for name in owed})

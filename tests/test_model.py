@@ -448,3 +448,12 @@ ACCEPTED = [
 def test_what_transformers_itself_writes_or_translates_is_accepted(settings: Any) -> None:
     found = layout(Model(config={**LLAMA, **settings}), LENGTH)
     assert len(found.body) == 19
+
+
+def test_building_a_model_changes_no_recipe():
+    """transformers completes the mappings that it is given, in place."""
+    config = {**LLAMA, "rope_parameters": {"rope_type": "default"}}
+    model = Model(config=config)
+    layout(model, LENGTH)
+    build(model, 50, LENGTH, 0)
+    assert model.config["rope_parameters"] == {"rope_type": "default"}
