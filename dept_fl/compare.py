@@ -332,14 +332,16 @@ def flops_per_token(recipe: Recipe, vocabulary: int) -> float:
 
     Attention counts as the full product, as is usual, though half of it is masked.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from dept_fl.loss import next_token_loss, plain_head
     from dept_fl.model import build
-    from dept_fl.train import next_token_loss
 
     model = build(recipe.model, vocabulary, recipe.sequence_tokens, 0)
-    model.set_attn_implementation("eager")  # the counter does not know the fused one on a CPU
     sequence = torch.zeros(1, recipe.sequence_tokens + 1, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    plain_head(model)  # tries the model, which is no part of a step
+    # The counter does not know the fused kernel of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         next_token_loss(model, sequence).backward()
     return float(counter.get_total_flops()) / recipe.sequence_tokens

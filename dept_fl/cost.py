@@ -10,13 +10,14 @@ import torch
 
 from dept_fl.codec import form
 from dept_fl.config import Recipe
+from dept_fl.loss import tokens_at_once
 from dept_fl.model import Blocks, Layout
 
 METHODS = ("std", "glob", "trim", "spec", "spec-opt")
 
 _NPY_HEADER_BYTES = 128
 _FP32_BYTES, _BF16_BYTES = 4, 2
-_LOGIT_COPIES = 3  # at the peak; tests/test_cost.py measures it
+_LOGIT_COPIES = 3  # of whole logits at the peak; tests/test_cost.py measures it
 
 
 # ---- parameters and traffic ------------------------------------------------------------------
@@ -134,8 +135,9 @@ class Memory:
         gradients: fp32.
         optimizer: two moments of each parameter (AdamW), or one (Muon's matrices), fp32.
         activations: what the blocks keep for the backward pass of one micro-batch.
-        logits: of one micro-batch, fp32, three times: the log-softmax that the loss keeps, and
-            the gradients on its either side.
+        logits: what the loss has of them at its peak. Of a slice of the tokens, in fp32; with bf16
+            also a copy for the products. Of all of a micro-batch where the model needs them whole,
+            in fp32 three times: the log-softmax, and the gradients on its either side.
     """
 
     weights: int
@@ -163,8 +165,15 @@ def memory(recipe: Recipe, layout: Layout, blocks: Blocks, vocabulary: int) -> M
         gradients=held * _FP32_BYTES,
         optimizer=_moments(recipe.inner.optimizer, layout, held) * _FP32_BYTES,
         activations=tokens * activation_bytes(layout, blocks, recipe.sequence_tokens, bf16),
-        logits=tokens * vocabulary * _FP32_BYTES * _LOGIT_COPIES,
+        logits=_logits(tokens, vocabulary, blocks, bf16),
     )
+
+
+def _logits(tokens: int, vocabulary: int, blocks: Blocks, bf16: bool) -> int:
+    if not blocks.slices_logits:
+        return tokens * vocabulary * _FP32_BYTES * _LOGIT_COPIES
+    each = _FP32_BYTES + (_BF16_BYTES if bf16 else 0)
+    return min(tokens, tokens_at_once(vocabulary)) * vocabulary * each
 
 
 def _moments(optimizer: str, layout: Layout, held: int) -> int:

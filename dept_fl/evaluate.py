@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from dept_fl.config import InnerConfig
 from dept_fl.data import TokenStream
 from dept_fl.errors import DeptError
+from dept_fl.loss import next_token_loss, without_logits
 from dept_fl.tokenizer import Ids, Tokenizer
-from dept_fl.train import autocast, next_token_loss
+from dept_fl.train import autocast, put
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ def evaluate(
     local = torch.from_numpy(stream.vocabulary.local_ids()[stream.validation])
     windows = _windows(local, sequence_tokens)
     model.eval()
-    nats = 0.0
+    sums = []  # read at the end: reading one would wait for the GPU
     with autocast(inner.precision, device):
         for batch in windows:
             for part in batch.split(inner.sequences_per_pass):
-                nats += float(next_token_loss(model, part.to(device), reduction="sum"))
+                sums.append(next_token_loss(model, put(part, device), reduction="sum"))
         norm = _activation_norm(model, windows[0][: inner.sequences_per_pass].to(device))
+    nats = float(torch.stack(sums).double().sum())
     if not math.isfinite(nats + norm):
         raise DeptError(
             f"the loss on validation text became {nats}: the model has diverged; lower "
@@ -93,7 +95,9 @@ def _windows(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
 
 
 def _activation_norm(model: PreTrainedModel, sequences: torch.Tensor) -> float:
-    entering = model(input_ids=sequences[:, :-1], output_hidden_states=True).hidden_states[-2]
+    with without_logits(model):
+        states = model(input_ids=sequences[:, :-1], output_hidden_states=True).hidden_states
+    entering = states[-2]
     return float(entering.float().norm(dim=-1).mean())
 
 

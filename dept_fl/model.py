@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -25,6 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import ModelConfig, Recipe
 from dept_fl.errors import ConfigError
+from dept_fl.loss import plain_head
+from dept_fl.mpt import FusedMptAttention, fuse
 
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _BLOCK = re.compile(r".*?\.\d+\.")  # of the parameters of one block: "model.layers.3."
@@ -101,6 +104,7 @@ class Blocks:
             backward pass; a fused kernel (SDPA) computes them again.
         writes_out_gelu: GELU is written out in elementary operations, which keep three tensors as
             wide as the feed-forward layer more than a fused one.
+        slices_logits: the loss computes its logits a slice of the tokens at a time.
     """
 
     count: int
@@ -108,6 +112,7 @@ class Blocks:
     heads: int
     keeps_scores: bool
     writes_out_gelu: bool
+    slices_logits: bool
 
 
 def blocks(model: ModelConfig, sequence_tokens: int) -> Blocks:
@@ -116,7 +121,11 @@ def blocks(model: ModelConfig, sequence_tokens: int) -> Blocks:
     Raises:
         ConfigError: transformers does not know the model.
     """
-    config = _probe(model, _PROBE_VOCABULARY, sequence_tokens).config
+    with FakeTensorMode(), _own_generator(0):  # unlike the meta device's, such tensors run
+        empty = _from_config(_config(model, _PROBE_VOCABULARY, sequence_tokens, end_id=0))
+        head = plain_head(empty)
+    config = empty.config
+    fused = any(isinstance(module, FusedMptAttention) for module in empty.modules())
     count, width, heads = (
         value if isinstance(value := getattr(config, key, 0), int) else 0
         for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -125,8 +134,9 @@ def blocks(model: ModelConfig, sequence_tokens: int) -> Blocks:
         count=count,
         width=width,
         heads=heads,
-        keeps_scores=config._attn_implementation == "eager",
+        keeps_scores=config._attn_implementation == "eager" and not fused,
         writes_out_gelu=getattr(config, "activation_function", "") == "gelu_new",
+        slices_logits=head is not None,
     )
 
 
@@ -350,6 +360,7 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
     except Exception as error:
         cause = _reason(error)
         raise ConfigError([f"model.config: transformers cannot build it: {cause}"]) from error
+    fuse(model)
     return model
 
 

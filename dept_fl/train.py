@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import InnerConfig
 from dept_fl.errors import DeptError
+from dept_fl.loss import next_token_loss, plain_head
 from dept_fl.outer import load_optimizer_state, optimizer_state
 from dept_fl.world import World
 
@@ -128,7 +128,7 @@ def train(
             "body": schedule.body_rate(inner, step),
             "embeddings": schedule.embedding_rate(inner, step),
         }
-        sequences = torch.from_numpy(batches.at(position + world.rank * own, own)).to(device)
+        sequences = put(torch.from_numpy(batches.at(position + world.rank * own, own)), device)
         position += inner.batch_size
         passes = sequences.split(inner.sequences_per_pass)
         losses.append(_accumulate(objective, passes, precision, world))
@@ -190,18 +190,18 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        plain_head(model)  # tries the model, which must be before it is shared
 
     def forward(self, sequences: torch.Tensor) -> torch.Tensor:
         return next_token_loss(self.model, sequences)
 
 
-def next_token_loss(
-    model: nn.Module, sequences: torch.Tensor, reduction: str = "mean"
-) -> torch.Tensor:
-    """Cross-entropy in nats of tokens 1..L given those before. sequences: [B, L + 1] ids."""
-    logits = model(input_ids=sequences[:, :-1]).logits
-    targets = sequences[:, 1:].flatten()
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=reduction)
+def put(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A batch on the device. A GPU fetches it by itself, behind the steps it has still to compute,
+    so that this process goes on to read the next one."""
+    if device.type == "cuda":
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
 
 
 def learning_rate(inner: InnerConfig, step: int, total_steps: int) -> float:

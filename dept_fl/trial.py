@@ -68,7 +68,7 @@ def _try_step(file: Path, recipe: Recipe) -> Trial | str:
     workers = recipe.processes if recipe.processes > 1 else 0
     return Trial(
         training.step_s,
-        _peak_bytes() + workers * _peak_bytes_of_a_child(),
+        peak_bytes() + workers * _peak_bytes_of_a_child(),
         training.gpu_peak_bytes,
         gpu_bytes=min(map(_gpu_bytes, range(recipe.processes))) if training.gpu_peak_bytes else 0,
     )
@@ -83,7 +83,7 @@ def _peak_bytes_of_a_child() -> int:
     return _in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The most memory that this process had at once."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux counts into the figure below what the parent had at the fork

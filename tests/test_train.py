@@ -12,9 +12,10 @@ from torch import nn
 from dept_fl.config import InnerConfig, ModelConfig
 from dept_fl.data import Batches, TokenStream
 from dept_fl.errors import DeptError
+from dept_fl.loss import next_token_loss
 from dept_fl.model import build, parameters
 from dept_fl.tokenizer import Vocabulary
-from dept_fl.train import Schedule, learning_rate, next_token_loss, pick_device, train
+from dept_fl.train import Schedule, learning_rate, pick_device, train
 
 VOCABULARY = 32
 INNER = InnerConfig(local_steps=3, batch_size=4, learning_rate=0.01, warmup_steps=2)
