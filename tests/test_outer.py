@@ -21,7 +21,10 @@ def test_averaging_moves_parameters_to_the_mean_of_the_silos():
         Delta({"w": torch.tensor([0.5, -1.0])}),  # a silo at 1.5, 1
         Delta({"w": torch.tensor([1.5, 3.0])}),  # a silo at 2.5, 5
     ]
-    optimizer.step(merged(deltas, {"w": (2,)}, (), OuterConfig()), torch.empty(0, dtype=torch.long))
+    optimizer.step(
+        merged(deltas, {"w": (2,)}, (), torch.zeros(0), OuterConfig()),
+        torch.empty(0, dtype=torch.long),
+    )
     assert optimizer.parameters["w"].tolist() == [2.0, 3.0]
 
 
