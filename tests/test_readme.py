@@ -35,7 +35,7 @@ def test_the_silos_shown_are_good_silos(tmp_path: Path):
     assert load_recipe(tmp_path / "recipe.yaml").silo_names == ["fr", "py", "sw"]
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "stop", "format"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "stop", "format"])
 def test_every_make_target_it_names_exists(target: str):
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
