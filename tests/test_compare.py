@@ -211,6 +211,7 @@ class Endless(Job):
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from dept_fl.arms import Arm
@@ -218,6 +219,8 @@ from dept_fl.config import load_recipe
 from dept_fl.jobs import run_jobs
 from tests.test_compare import Endless
 if __name__ == "__main__":
+    # What a shell started in the background ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     job = Endless(Arm("endless", "central", ""), 1, "tokens", load_recipe(sys.argv[1]), "")
     run_jobs([job], Path(sys.argv[2]), Path(sys.argv[2]), 1, print)
 """
