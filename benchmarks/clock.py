@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from statistics import median
 
 import psutil
 
-from benchmarks.merge import held_bytes
+from benchmarks.processes import held_bytes, repeated
 from dept_fl.config import load_recipe
 from dept_fl.jobs import about
 from dept_fl.model import layout
@@ -291,23 +290,17 @@ def one(events: list[Event], kind: str) -> Event:
 @contextmanager
 def peaks(superlink: psutil.Process) -> Iterator[dict[str, int]]:
     """The most bytes that the SuperLink, and the run's ServerApp, hold for themselves."""
-    most, over = {"superlink": 0, "serverapp": 0}, threading.Event()
+    most = {"superlink": 0, "serverapp": 0}
 
     def look() -> None:
-        while not over.wait(_LOOK_EVERY_S):
-            most["superlink"] = max(most["superlink"], held_bytes(superlink.pid))
-            for each in superlink.children(recursive=True):
-                with suppress(OSError, RuntimeError, psutil.Error):  # it is just ending
-                    if any("flwr-serverapp" in word for word in each.cmdline()):
-                        most["serverapp"] = max(most["serverapp"], held_bytes(each.pid))
+        most["superlink"] = max(most["superlink"], held_bytes(superlink.pid))
+        for each in superlink.children(recursive=True):
+            with suppress(OSError, RuntimeError, psutil.Error):  # it is just ending
+                if any("flwr-serverapp" in word for word in each.cmdline()):
+                    most["serverapp"] = max(most["serverapp"], held_bytes(each.pid))
 
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
+    with repeated(look, _LOOK_EVERY_S):
         yield most
-    finally:
-        over.set()
-        watcher.join()
 
 
 def table(rows: list[Event]) -> str:

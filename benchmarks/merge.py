@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.processes import held_bytes, repeated
 from benchmarks.timing import fastest
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import ModelConfig, Recipe, with_settings
@@ -213,30 +213,16 @@ def nbytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def held_bytes(process: int | str = "self") -> int:
-    """Bytes that a process alone has in memory."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{process}/status tells no RssAnon; run this on Linux")
-
-
 @contextmanager
 def peak() -> Iterator[list[int]]:
     """The most that is held within the block, looked at again and again."""
-    most, over = [held_bytes()], threading.Event()
+    most = [held_bytes()]
 
     def look() -> None:
-        while not over.wait(_LOOK_EVERY_S):
-            most[0] = max(most[0], held_bytes())
+        most[0] = max(most[0], held_bytes())
 
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
+    with repeated(look, _LOOK_EVERY_S):
         yield most
-    finally:
-        over.set()
-        watcher.join()
 
 
 def table(rows: list[Event]) -> str:

@@ -1,12 +1,13 @@
-"""Memory of a command and of all that it starts, by kind of process, while it runs."""
+"""Memory that processes hold while they run: of one, or of a command and all that it starts."""
 
 from __future__ import annotations
 
 import subprocess
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,32 @@ import psutil
 from dept_fl.local import end_tree
 
 _LOOK_EVERY_S = 0.5
+
+
+def held_bytes(process: int | str = "self") -> int:
+    """Bytes that a process alone has in memory."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{process}/status tells no RssAnon; run this on Linux")
+
+
+@contextmanager
+def repeated(look: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Look again and again, in a thread, for as long as the block lasts."""
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(every_s):
+            look()
+
+    watcher = threading.Thread(target=go_on)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 @dataclass

@@ -16,21 +16,14 @@ from dept_fl.loss import next_token_loss, plain_head, tokens_at_once, without_lo
 from dept_fl.model import Layout, blocks, build, layout
 from dept_fl.stitch import StitchedModel
 from dept_fl.train import autocast
+from tests.test_model import GPT2, LLAMA, MPT
 
 VOCABULARY, LENGTH = 50, 16
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 PLAIN: dict[str, dict[str, Any]] = {
     "tied": {**LLAMA, "tie_word_embeddings": True},
     "untied": {**LLAMA, "tie_word_embeddings": False},
-    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2},
-    "mpt": {"model_type": "mpt", "d_model": 16, "n_layers": 2, "n_heads": 2},
+    "gpt2": GPT2,
+    "mpt": MPT,
     "head bias": {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
     | {"model_type": "phi"},
     "projected": {  # its decoder ends in a matrix, from 16 to the 8 of its head
