@@ -29,7 +29,7 @@ def test_a_mistake_is_one_clear_error(tmp_path: Path, words: list[str], reason: 
 def test_a_recipe_without_silos_is_refused_before_any_process_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("dept_fl.cli.simulate", None)  # would be called in vain
+    monkeypatch.setattr("dept_fl.cli.runs.simulate", None)  # would be called in vain
     done = CliRunner().invoke(app, ["run", "conf/demo.yaml", "silos={}", "--home", str(tmp_path)])
     assert done.exit_code == 2
     assert "silos: none; name at least one" in done.stderr

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OVERRIDES = [Requirement(r) for r in PROJECT["tool"]["uv"]["override-dependencies"]]
+TOPS = ("dept_fl", "server_app", "client_app")
 EXTRAS = PROJECT["project"]["optional-dependencies"].values()
 DIRECT = [
     Requirement(r) for r in (*PROJECT["project"]["dependencies"], *(r for e in EXTRAS for r in e))
@@ -52,9 +53,9 @@ def test_hugging_faces_tokenizers_is_the_one_imported_from_here() -> None:
 
 
 def test_the_packages_are_listed_one_by_one() -> None:
-    packages = PROJECT["tool"]["setuptools"]["packages"]
-    assert sorted(packages) == ["client_app", "dept_fl", "server_app"]
-    assert all((ROOT / package / "__init__.py").is_file() for package in packages)
+    files = [f for top in TOPS for f in (ROOT / top).rglob("__init__.py")]
+    found = [".".join(f.parent.relative_to(ROOT).parts) for f in files]
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
 
 
 def test_the_licence_is_apache_2() -> None:
@@ -155,8 +156,7 @@ def bundle(bundle_file: Path, tmp_path: Path) -> Path:
 
 
 def test_the_bundle_has_all_of_the_app(bundled: list[str]) -> None:
-    packages = PROJECT["tool"]["setuptools"]["packages"]
-    sources = [p for package in packages for p in (ROOT / package).rglob("*.py")]
+    sources = [p for top in TOPS for p in (ROOT / top).rglob("*.py")]
     recipes = list((ROOT / "conf").rglob("*.yaml"))
     expected = {p.relative_to(ROOT).as_posix() for p in (*sources, *recipes)}
     assert expected | {"LICENSE", "pyproject.toml"} <= set(bundled)

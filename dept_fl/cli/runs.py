@@ -1,0 +1,262 @@
+"""Commands about runs: `dept run`, `status`, `stop`, `compare`, `adapt`, `cost`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dept_fl.cli.common import (
+    RECIPE,
+    as_text,
+    home_of,
+    interrupt,
+    interrupt_told,
+    mistakes_told,
+    recipe_path,
+    tell_failures,
+    told,
+)
+from dept_fl.config import load_recipe, require_silos
+from dept_fl.errors import DeptError
+from dept_fl.local import COMPLETED, end_superlink, simulate
+from dept_fl.progress import Progress
+from dept_fl.status import look, view, watch
+
+app = typer.Typer()
+
+
+@app.command()
+@mistakes_told()
+def run(
+    recipe: Annotated[str, typer.Argument(help="recipe file")] = RECIPE,
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as variant=trim")] = None,
+    run_dir: Annotated[str, typer.Option(help="folder of the run; default: a new one")] = "",
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped run")] = False,
+    nodes: Annotated[int, typer.Option(help="virtual nodes of the simulation", min=1)] = 2,
+    cpus: Annotated[int, typer.Option(help="CPU cores of one silo at work", min=1)] = 2,
+) -> None:
+    """Run a recipe in simulation: `flwr run` with the right environment and exit code.
+
+    Starts a SuperLink of its own on a free port and ends it with the run.
+
+    Example: dept run conf/demo.yaml variant=trim tokenizer=shared rounds=4
+    """
+    from dept_fl.model import layout  # takes seconds that the other commands need not wait
+
+    try:
+        path, words = recipe_path(recipe), as_text(overrides)
+        made = load_recipe(path, words)  # every mistake shows before any process starts
+        require_silos(made)
+        layout(made.model, made.sequence_tokens)
+        config = {
+            "recipe": path,
+            "overrides": words,
+            "home": str(home_of(home)),
+            "run-dir": str(Path(run_dir).expanduser().absolute()) if run_dir else "",
+            "resume": resume,
+        }
+        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGHUP, interrupt)
+        status = simulate(config, nodes, cpus, len(made.silo_names), made.processes)
+    except KeyboardInterrupt:
+        typer.echo("stopped; go on with --resume and the same --run-dir", err=True)
+        raise typer.Exit(130) from None
+    if status != COMPLETED:
+        typer.echo(f"error: the run ended as {status}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+@mistakes_told()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="folder of the run, as the run printed it")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, once")] = False,
+    follow: Annotated[bool, typer.Option("--watch", "-w", help="until the run's end")] = False,
+) -> None:
+    """Show how a run stands: its round, each silo, the last failures.
+
+    Example: dept status runs/demo-spec-opt-20261121-065532 --watch
+    """
+    console = Console(highlight=False, markup=False, emoji=False)
+    if as_json:
+        typer.echo(look(run_dir.expanduser()).to_json())
+    elif follow and sys.stdout.isatty() and not console.is_dumb_terminal:
+        watch(run_dir.expanduser(), console)
+    else:
+        console.print(view(look(run_dir.expanduser())))
+
+
+@app.command()
+def stop(
+    port: Annotated[
+        int, typer.Option(envvar="FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", help="where it listens")
+    ] = 39091,
+) -> None:
+    """End the local SuperLink that a plain `flwr run .` leaves behind, with all it started."""
+    ended = end_superlink(port)
+    typer.echo(f"{'ended the' if ended else 'no local'} SuperLink on port {port}")
+
+
+@app.command()
+@mistakes_told()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="recipe file")],
+    out: Annotated[Path, typer.Option(help="folder of the results; one with some is gone on with")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as rounds=8")] = None,
+    arms: Annotated[str, typer.Option(help="all, or names with commas between")] = "all",
+    seeds: Annotated[int, typer.Option(help="how many, from the recipe's on", min=1)] = 1,
+    equal: Annotated[
+        str, typer.Option(help="what all arms see as much of: tokens, bytes, both")
+    ] = "tokens",
+    parallel: Annotated[
+        int, typer.Option(help="jobs side by side", min=0, show_default="one a core, or GPU")
+    ] = 0,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Compare DEPT's variants with their baselines and controls, on the same text and model.
+
+    Example: dept compare conf/handbook.yaml --arms std-1,alone,spec-opt --seeds 3 --out results
+    """
+    made = load_recipe(recipe_path(recipe), as_text(overrides))
+    require_silos(made)
+    signal.signal(signal.SIGTERM, interrupt)
+    progress = Progress()
+    with progress.stage("starting"):
+        from dept_fl.arms import chosen_arms
+        from dept_fl.compare import Comparison
+        from dept_fl.jobs import about, run_jobs
+        from dept_fl.standings import markdown, write
+
+    folder = out.expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = home_of(home)
+    comparison = Comparison(made, chosen_arms(arms), seeds, folder, place, equal)
+    progress.during("making text, tokenizers and tokens ready", comparison.prepare)
+    with interrupt_told():
+        jobs = progress.during("planning", comparison.jobs)
+        results, failures = run_jobs(jobs, folder / "runs", place, parallel, told)
+    facts = {"recipe": asdict(made), "arms": {arm.name: arm.words for arm in comparison.arms}}
+    if results:
+        rows = write(results, {**about(), **facts}, folder)
+        typer.echo(json.dumps([asdict(row) for row in rows]) if as_json else markdown(rows))
+        told(f"tables and plots are in {folder}")
+    tell_failures(failures, len(jobs))
+
+
+@app.command()
+@mistakes_told()
+def adapt(
+    bodies: Annotated[
+        list[str], typer.Argument(help="folders of runs or of a comparison's jobs, or: random")
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the results; one with some is gone on with")],
+    start: Annotated[
+        str, typer.Option(help="of the embeddings: random, trained, copy, mix, matched, stitch")
+    ] = "random",
+    recipe: Annotated[
+        str, typer.Option(help="names the silos", show_default="the first run's")
+    ] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="such as only=[el] or shared_vocab_size=8000")
+    ] = None,
+    sampling: Annotated[str, typer.Option(help="of the silos: uniform, proportional")] = "uniform",
+    steps: Annotated[int, typer.Option(min=0, show_default="17 % of the run's")] = 0,
+    every: Annotated[
+        int, typer.Option(help="steps between evaluations", min=0, show_default="an eighth")
+    ] = 0,
+    seeds: Annotated[int, typer.Option(help="how many, from the recipe's on", min=1)] = 1,
+    own: Annotated[str, typer.Option(help="for stitch: a silo's `final` folder")] = "",
+    parallel: Annotated[
+        int, typer.Option(help="jobs side by side", min=0, show_default="one a core, or GPU")
+    ] = 0,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Pre-train on from a run's body, with other embeddings or on other text: one table.
+
+    Example: dept adapt results/runs/spec-opt-seed-1 random --set only=[es] --out adapted
+    """
+    signal.signal(signal.SIGTERM, interrupt)
+    progress = Progress()
+    with progress.stage("starting"):
+        from dept_fl import adapt as adapting
+        from dept_fl.jobs import about, run_jobs
+
+    folder = out.expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = home_of(home)
+    paths = [b if b == adapting.RANDOM else str(Path(b).expanduser().absolute()) for b in bodies]
+    words = as_text(settings)
+    plan = adapting.Plan(paths, start.split(","), place, seeds, sampling, own)
+    made = plan.recipe(recipe_path(recipe) if recipe else "", words, steps, every)
+    title = "making text, tokenizers and tokens ready"
+    jobs = progress.during(title, lambda: plan.jobs(made))
+    with interrupt_told():
+        results, failures = run_jobs(jobs, folder / "jobs", place, parallel, told)
+    if results:
+        rows = adapting.write(results, about(), folder)
+        text = json.dumps([asdict(row) for row in rows]) if as_json else adapting.markdown(rows)
+        typer.echo(text)
+        told(f"table and plot are in {folder}")
+    tell_failures(failures, len(jobs))
+
+
+@app.command()
+@mistakes_told()
+def cost(
+    recipe: Annotated[str, typer.Argument(help="recipe file", show_default=RECIPE)] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as variant=trim")] = None,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SIZE of a silo's vocabulary, or shared=SIZE; repeatable"),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="the paper's own figures beside ours")
+    ] = False,
+    measured: Annotated[
+        Path | None, typer.Option(help="folder of a run: its measured bytes beside the formula's")
+    ] = None,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value")] = False,
+) -> None:
+    """Count parameters, memory and bytes sent of every method: for a recipe, the paper, a run.
+
+    Example: dept cost conf/demo.yaml model.preset=gpt2-125m --vocabulary python=50257
+    """
+    if (bool(recipe or vocabulary) + paper + (measured is not None)) > 1:
+        raise DeptError("give a recipe with --vocabulary, or --paper, or --measured: one of them")
+    with Progress().stage("counting"):  # PyTorch takes seconds, and so do the largest models
+        from dept_fl import cost_tables as tables
+
+        if paper:
+            made = tables.of_paper()
+        elif measured:
+            made = tables.of_run(measured.expanduser())
+        else:
+            words = as_text(overrides)
+            asked = load_recipe(recipe_path(recipe or RECIPE), words)
+            made = tables.of_recipe(asked, home_of(home), _sizes(vocabulary or []))
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        Console(width=tables.WIDTH, highlight=False, markup=False).print(made.view)
+
+
+def _sizes(words: list[str]) -> dict[str, int]:
+    """NAME=SIZE, as numbers by name."""
+    sizes = {}
+    for word in words:
+        name, _, size = word.partition("=")
+        if not name or not size.isdecimal() or int(size) < 1:
+            raise DeptError(f"--vocabulary {word}: expected NAME=SIZE, such as fr=50257")
+        sizes[name] = int(size)
+    return sizes
