@@ -4,11 +4,11 @@ python -m benchmarks.clock [--parameters 100e6] [--silos 4] [--rounds 3]
                            [--wires fp32,bf16,int8,int4] [--json FILE] [--quick]
 
 A SuperLink and SuperNodes on loopback, all on this machine. First FedAvg, with clients that send
-back what arrives plus a constant: without and with the libraries that a client loads which trains
-a language model, since each message has a process of its own. Then this project's app with each
-codec, with silos that train one step on one short sequence, so that the body's size dominates.
-Rounds are timed where the server app runs, from the first message to the merged body and its
-checkpoint; the first of a run is left out, since it sends the body whole. Training (evaluation,
+back what arrives plus a number for each array: without and with the libraries that a client loads
+which trains a language model, since each message has a process of its own. Then this project's app
+with each codec, with silos that train one step on one short sequence, so that the body's size
+dominates. Rounds are timed where the server app runs, from the first message to the merged body and
+its checkpoint; the first of a run is left out, since it sends the body whole. Training (evaluation,
 too) is told apart.
 """
 
@@ -28,6 +28,7 @@ from statistics import median
 import psutil
 
 from benchmarks.processes import held_bytes, repeated
+from benchmarks.round_overhead import cores
 from dept_fl.config import load_recipe
 from dept_fl.jobs import about
 from dept_fl.model import layout
@@ -106,7 +107,9 @@ def train(message, context):
     if context.run_config["loads"]:
         from transformers import PreTrainedModel  # noqa: F401
     arrived = message.content["arrays"]
-    arrays = ArrayRecord({name: Array(array.numpy() + 1e-4) for name, array in arrived.items()})
+    change = np.random.default_rng().normal(0, 1e-4, len(arrived)).astype(np.float32)
+    pairs = zip(arrived.items(), change, strict=True)
+    arrays = ArrayRecord({name: Array(array.numpy() + by) for (name, array), by in pairs})
     metrics = MetricRecord({"num-examples": 1})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
@@ -136,7 +139,9 @@ def bytes_of(message):
 def main(grid, context):
     config = context.run_config
     shapes = json.loads(Path(config["shapes"]).read_text())
-    arrays = {name: Array(np.full(shape, 0.01, np.float32)) for name, shape in shapes.items()}
+    # Of different numbers each: Flower sends and keeps arrays of the same bytes once.
+    draw = np.random.default_rng(1).standard_normal
+    arrays = {name: Array(draw(shape, np.float32)) for name, shape in shapes.items()}
     silos = config["silos"]
     strategy = Timed(
         fraction_evaluate=0.0, min_train_nodes=silos, min_evaluate_nodes=0,
@@ -203,10 +208,12 @@ def measure(wire: str, size: Size) -> Event:
         recipe.write_text(size.recipe(wire if wire in DOWN else "fp32"))
         loaded = load_recipe(recipe)
         shapes = layout(loaded.model, loaded.sequence_tokens).body
+        threads = str(max(1, cores() // size.silos))  # so that silos do not wait for each other's
         with Federation(folder, secure=False) as federation:
             link = federation.superlink()
             for i in range(size.silos):
-                federation.supernode(f"node-{i}", f'silo="{silo_file(folder, i)}"')
+                node = f'silo="{silo_file(folder, i)}"'
+                federation.supernode(f"node-{i}", node, OMP_NUM_THREADS=threads)
             federation.wait_until_online(size.silos)
             with peaks(psutil.Process(link.process.pid)) as memory:
                 if wire in DOWN:
