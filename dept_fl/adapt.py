@@ -24,7 +24,7 @@ from dept_fl.checkpoint import (
     write_whole,
 )
 from dept_fl.config import Recipe, assignments, load_recipe, recipe_from_json, with_settings
-from dept_fl.data import TokenStream
+from dept_fl.data import TokenStream, Watch, unwatched
 from dept_fl.errors import ConfigError, DeptError
 from dept_fl.final import read_final
 from dept_fl.model import initial_body, layout, seed_of
@@ -280,13 +280,22 @@ class Plan:
         }
         return with_settings(replace(base, arms=[]), {**settings, **assignments(overrides)})
 
-    def jobs(self, recipe: Recipe) -> list[Adaptation]:
-        """Raises ConfigError for a start that none of the bodies can have."""
+    def jobs(self, recipe: Recipe, watch: Watch = unwatched) -> list[Adaptation]:
+        """In the order in which they are run, with the text that they share made ready.
+
+        Args:
+            watch: sees the documents as they are read, and as they are tokenised.
+
+        Raises:
+            ConfigError: for a start that none of the bodies can have.
+        """
         starts = {body: [s for s in self.starts if _can_have(body, s)] for body in self.bodies}
         for start in self.starts:
             if not any(start in can for can in starts.values()):
                 what = "SPEC runs" if start != TRAINED else "runs with shared embeddings"
                 raise ConfigError([f"--start {start}: only {what} can have it; none is named"])
+        for name in recipe.silo_names:
+            _ = Silo(name, recipe, self.home, "", watch).corpus
         digests = {body: self._digest(body, recipe) for body in self.bodies}
         made = []
         for seed in range(recipe.seed, recipe.seed + self.seeds):
@@ -298,7 +307,7 @@ class Plan:
                     tau = SAMPLING[self.sampling]
                     made.append(Adaptation(body, start, own, tau, digests[body], self.own))
         for name in made[0].recipe.silo_names:  # before jobs run side by side would make it twice
-            _ = Silo(name, made[0].recipe, self.home, "").stream
+            _ = Silo(name, made[0].recipe, self.home, "", watch).stream
         return made
 
 

@@ -13,16 +13,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from dept_fl.errors import DamagedState, DeptError
 
-Tensors = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch  # takes seconds, which commands that only look at folders need not wait
+
+Tensors = dict[str, "torch.Tensor"]
 
 _FORMAT = 2
 _TENSORS, _META = "tensors.safetensors", "state.json"
@@ -163,6 +164,8 @@ def _to_disk(path: Path) -> None:
 
 def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able facts to `folder`, atomically, with a checksum."""
+    from safetensors.torch import save_file
+
     with whole_folder(folder, overwrite=True) as draft:
         save_file(_apart(tensors), draft / _TENSORS)
         facts = {**meta, "format": _FORMAT, "sha256": _sha256(draft / _TENSORS)}
@@ -187,6 +190,8 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     Raises:
         DamagedState: the folder is missing or damaged. DeptError: it is of another format.
     """
+    from safetensors.torch import load_file
+
     try:
         meta = load_meta(folder)
         if _sha256(folder / _TENSORS) != meta["sha256"]:

@@ -26,11 +26,10 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 
 from dept_fl.checkpoint import whole_folder
-from dept_fl.config import SiloConfig, source_problems, yaml_value
 from dept_fl.errors import DeptError
+from dept_fl.named_files import NamedFiles
 from dept_fl.progress import Progress
 from dept_fl.report import size, table
-from dept_fl.sources import documents, labelled_documents
 
 Labelled = tuple[str, str]  # a document and its true source, "" where nobody knows it
 Ints = npt.NDArray[np.int64]
@@ -49,7 +48,6 @@ _TERM_FEATURES = 50_000
 _TERM = r"[぀-ヿ㐀-䶿一-鿿]{2}|[^\W\d_]{2,}"
 _SMALL = 0.1  # of an equal share of the text
 _MOST_SOURCES = 1000
-_OWN_SETTINGS = ("sample_by", "encoding", "max_bytes")
 
 
 # ---- the clusters --------------------------------------------------------------------------
@@ -326,40 +324,17 @@ def split_files(request: Request, progress: Progress) -> Split:
     Raises:
         DeptError: naming the option and the mend.
     """
-    name = "corpus"
-    source = _source(request)
+    files = NamedFiles(request.files, request.column, request.settings)
 
     def corpus() -> Iterator[Labelled]:
         if request.labels:
-            return labelled_documents(name, source, request.labels)
-        return ((text, "") for text in documents(name, source))
+            return files.labelled_documents(request.labels)
+        return ((text, "") for text in files.documents())
 
     try:
         return split(corpus, request.out, request.silos, request.seed, progress)
-    except DeptError as error:
-        words = re.sub(rf"\bsilos\.{name}\.files\b", "FILES", str(error))
-        words = re.sub(rf"set silos\.{name}\.column\b", "set --column", words)
-        words = re.sub(rf"set silos\.{name}\.(\w+)", r"give --set \1", words)
-        raise DeptError(words.removeprefix(f"silo {name}: ")) from error
     except OSError as error:
         raise DeptError(f"{error.filename or request.out}: {error.strerror or error}") from error
-
-
-def _source(request: Request) -> SiloConfig:
-    settings: dict[str, Any] = {}
-    for word in request.settings:
-        key, equals, value = word.partition("=")
-        if key not in _OWN_SETTINGS or not equals:
-            known = ", ".join(_OWN_SETTINGS)
-            raise DeptError(f"--set {word!r}: expected KEY=VALUE with a KEY of {known}")
-        settings[key] = yaml_value(value)
-        if not isinstance(settings[key], int if key == "max_bytes" else str):
-            kind = "a whole number" if key == "max_bytes" else "text"
-            raise DeptError(f"--set {word!r}: must be {kind}")
-    source = SiloConfig(files=request.files, column=request.column, **settings)
-    for problem in source_problems(source):
-        raise DeptError(f"--set {problem.removeprefix('.')}")
-    return source
 
 
 def split(

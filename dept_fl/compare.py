@@ -16,7 +16,7 @@ from dept_fl.central import Central, MixedSilo, probabilities
 from dept_fl.checkpoint import write_whole
 from dept_fl.config import Recipe, with_settings
 from dept_fl.cost import cost
-from dept_fl.data import TokenStream
+from dept_fl.data import TokenStream, Watch, unwatched
 from dept_fl.errors import ConfigError
 from dept_fl.report import Event, Ledger
 from dept_fl.rounds import Server, has_checkpoint, last_checkpoint, pretrain, shared_tokenizer
@@ -143,14 +143,20 @@ class Comparison:
         own = _bytes_per_token(arm, recipe, self.home)
         return max(1, round(recipe.inner.local_steps * reference / own))
 
-    def prepare(self) -> None:
-        """Tokenizers and token streams, before jobs run side by side and would make them twice."""
+    def prepare(self, watch: Watch = unwatched) -> None:
+        """Tokenizers and token streams, before jobs run side by side and would make them twice.
+
+        Args:
+            watch: sees the documents as they are read, and as they are tokenised.
+        """
+        for name in self.recipe.silo_names:
+            _ = Silo(name, self.recipe, self.home, "", watch).corpus
         arms = self.arms if self.equal == "tokens" else [*self.arms, _REFERENCE]
         recipes = [with_shared_tokenizer(arm.recipe(self.recipe), self.home) for arm in arms]
         distinct = {(r.variant, r.tokenizer, r.shared_tokenizer): r for r in recipes}
         for recipe in distinct.values():
             for name in recipe.silo_names:
-                _ = Silo(name, recipe, self.home, "").stream
+                _ = Silo(name, recipe, self.home, "", watch).stream
 
 
 def _bytes_per_token(arm: Arm, recipe: Recipe, home: Path) -> float:

@@ -601,20 +601,21 @@ def _unknown_key(key: str) -> str:
         known = ", ".join(_names(_GROUPS[first]))
         return f"{key}: this is a group of settings; name one of {known}"
     path, deeper = (f"{first}.{rest[0]}", rest[1:]) if first in _GROUPS else (first, rest)
-    if path not in _all_settings():
+    if path not in setting_names():
         return f"{key}: no such setting{_hint(path)}"
     if deeper and (path not in _MAPPINGS or "" in deeper):
         return f"{key}: no such setting; {path} is {_expected(path)}"
     return ""
 
 
-def _all_settings() -> list[str]:
+def setting_names() -> list[str]:
+    """The settings of a recipe by dotted name."""
     grouped = [f"{group}.{name}" for group, owner in _GROUPS.items() for name in _names(owner)]
     return [name for name in _names(Recipe) if name not in _GROUPS] + grouped
 
 
 def _hint(path: str) -> str:
-    known = _all_settings()
+    known = setting_names()
     name = path.rpartition(".")[2]
     elsewhere = [k for k in known if k.rpartition(".")[2] == name]
     close = elsewhere or difflib.get_close_matches(path, known, n=1)

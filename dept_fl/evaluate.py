@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,12 @@ from dept_fl.errors import DeptError
 from dept_fl.loss import next_token_loss, without_logits
 from dept_fl.tokenizer import Ids, Tokenizer
 from dept_fl.train import autocast, put
+
+Tell = Callable[[int, int], None]  # takes how much of the work is done, and how much there is
+
+
+def _tell_nobody(done: int, of: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,23 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, stream: TokenStream, sequence_tokens: int, inner: InnerConfig
+    model: PreTrainedModel,
+    stream: TokenStream,
+    sequence_tokens: int,
+    inner: InnerConfig,
+    tell: Tell = _tell_nobody,
 ) -> Evaluation:
     """Every validation token is predicted once, in windows that do not overlap."""
     device = next(model.parameters()).device
     local = torch.from_numpy(stream.vocabulary.local_ids()[stream.validation])
     windows = _windows(local, sequence_tokens)
     model.eval()
+    parts = [part for batch in windows for part in batch.split(inner.sequences_per_pass)]
     sums = []  # read at the end: reading one would wait for the GPU
     with autocast(inner.precision, device):
-        for batch in windows:
-            for part in batch.split(inner.sequences_per_pass):
-                sums.append(next_token_loss(model, put(part, device), reduction="sum"))
+        for done, part in enumerate(parts):
+            tell(done, len(parts))
+            sums.append(next_token_loss(model, put(part, device), reduction="sum"))
         norm = _activation_norm(model, windows[0][: inner.sequences_per_pass].to(device))
     nats = float(torch.stack(sums).double().sum())
     if not math.isfinite(nats + norm):
@@ -129,6 +141,7 @@ def write_on(
     temperature: float = 0.8,
     top_k: int = 0,
     end: int | None = None,
+    tell: Tell = _tell_nobody,
 ) -> Ids:
     """Up to `length` ids that the model writes behind `start`, which it sees the last `window` of.
 
@@ -142,7 +155,8 @@ def write_on(
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for _ in range(length):
+        for done in range(length):
+            tell(done, length)
             logits = model(input_ids=ids[:, -window:]).logits[:, -1].float()
             drawn = _drawn(logits, temperature, top_k)
             if drawn.item() == end:

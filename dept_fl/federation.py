@@ -79,6 +79,17 @@ class Federation:
         host = self.settings.hosts[0]
         return f"{_in_brackets(host)}:{self.settings.port}"
 
+    def to_json(self) -> str:
+        facts = {
+            "folder": str(self.folder),
+            **asdict(self.settings),
+            "address": self.address,
+            "ca_file": str(self.ca_file),
+            "ca_sha256": self.ca_fingerprint,
+            "certificate_ends": f"{self.ends:%Y-%m-%dT%H:%M:%SZ}",
+        }
+        return json.dumps(facts, ensure_ascii=False)
+
 
 def _in_brackets(host: str) -> str:
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Protocol
@@ -18,9 +20,11 @@ import torch
 
 from dept_fl.checkpoint import only_writer, write_whole
 from dept_fl.errors import DeptError
-from dept_fl.report import Event, duration
+from dept_fl.progress import Progress
+from dept_fl.report import Event, Ledger, duration
 
 _KEY = "key"
+_LOOK_EVERY_S = 5.0  # at how far the jobs are
 
 
 class Job(Protocol):
@@ -55,13 +59,19 @@ class Job(Protocol):
 
 
 def run_jobs(
-    jobs: Sequence[Job], out: Path, home: Path, parallel: int, say: Callable[[str], None]
+    jobs: Sequence[Job],
+    out: Path,
+    home: Path,
+    parallel: int,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
 ) -> tuple[list[Event], list[str]]:
     """Run what is not done yet.
 
     Args:
         out: has a folder of each job, with its result.json.
         parallel: jobs side by side; 0: one a core, or one where there is a GPU.
+        progress: shows meanwhile how much is trained.
 
     Returns:
         the results of all that are done, in the order of the jobs, and a line for each failure.
@@ -71,13 +81,18 @@ def run_jobs(
     """
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
-        return _run_jobs(jobs, out, home, parallel, say)
+        _check_folders(jobs, out)
+        return _run_jobs(jobs, out, home, parallel, say, progress or Progress())
 
 
 def _run_jobs(
-    jobs: Sequence[Job], out: Path, home: Path, parallel: int, say: Callable[[str], None]
+    jobs: Sequence[Job],
+    out: Path,
+    home: Path,
+    parallel: int,
+    say: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[list[Event], list[str]]:
-    _check_folders(jobs, out)
     found = {job.name: result_of(job, out) for job in jobs}
     left = [job for job in jobs if found[job.name] is None]
     cores = os.cpu_count() or 1
@@ -88,13 +103,20 @@ def _run_jobs(
     began, done, whole = time.monotonic(), 0, sum(job.work for job in left)
     # Started afresh, not forked: threads of PyTorch do not survive a fork.
     threads = max(1, cores // parallel)
-    with ProcessPoolExecutor(parallel, get_context("spawn"), begin_worker, (threads,)) as pool:
-        running: dict[Future[Event], Job] = {
-            pool.submit(run_job, job, out, home): job for job in left
-        }
+    with (
+        ProcessPoolExecutor(parallel, get_context("spawn"), begin_worker, (threads,)) as pool,
+        progress.stage("training"),
+    ):
         try:
+            with _deaf_to_ctrl_c():
+                running: dict[Future[Event], Job] = {
+                    pool.submit(run_job, job, out, home): job for job in left
+                }
+            before = sum(_trained(job, out) for job in left)
             while running:
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                so_far = done + sum(_trained(job, out) for job in running.values())
+                progress.at(max(0, so_far - before), whole - before, "tokens")
+                ended, _ = wait(running, _LOOK_EVERY_S, FIRST_COMPLETED)
                 for each in ended:
                     job = running.pop(each)
                     done += job.work
@@ -112,6 +134,26 @@ def _run_jobs(
                 worker.terminate()
             raise
     return [result for result in found.values() if result is not None], failures
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started in the block never hear Ctrl-C, and we hear it behind the block.
+
+    A terminal sends it to all of them, and each would tell of it in its own way; we end them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _trained(job: Job, out: Path) -> int:
+    """Tokens that a job has trained on, as its ledger tells."""
+    events = Ledger(out / job.name).read()
+    tokens = sum(int(e.get("tokens", 0)) for e in events if e["event"] == "silo_train")
+    return min(tokens, job.work)
 
 
 def _check_folders(jobs: Sequence[Job], out: Path) -> None:

@@ -13,28 +13,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from dept_fl.config import CONF_DIR
 from dept_fl.errors import DeptError
+from dept_fl.progress import Progress
 
 COMPLETED = "finished:completed"
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 
 
-def simulate(config: dict[str, Any], nodes: int, cpus: int, silos: int, gpus: int) -> str:
+def simulate(
+    config: dict[str, Any],
+    nodes: int,
+    cpus: int,
+    silos: int,
+    gpus: int,
+    progress: Progress,
+    output: IO[str],
+) -> str:
     """Submit one run to a SuperLink of our own; return Flower's final status of it.
 
     Args:
         cpus, gpus: of one simulated client; GPUs only where there are any.
         silos: that run side by side at most.
+        output: takes what the run prints.
     """
     flower_home = Path(config["home"]) / "flower"
     environment = flower_environment(flower_home)
-    with _superlink(flower_home, environment) as connection:
+    with _superlink(flower_home, environment, progress) as connection:
         # As a file: Flower's reading of pairs on the command line breaks on quotes in a value.
         settings = Path(environment["FLWR_HOME"]) / "run-config.toml"
         settings.write_text("".join(f"{k} = {_toml(v)}\n" for k, v in config.items()), "utf-8")
@@ -43,7 +53,7 @@ def simulate(config: dict[str, Any], nodes: int, cpus: int, silos: int, gpus: in
         command = ["flwr", "run", str(CONF_DIR.parent), connection, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", federation]
         try:
-            subprocess.run(command, env=environment, check=False)
+            subprocess.run(command, env=environment, stdout=output, check=False)
         except KeyboardInterrupt:
             _stop_runs(connection, environment)
             raise
@@ -90,7 +100,7 @@ def flower_environment(flower_home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _superlink(flower_home: Path, environment: dict[str, str]) -> Iterator[str]:
+def _superlink(flower_home: Path, environment: dict[str, str], progress: Progress) -> Iterator[str]:
     """A SuperLink on a free loopback port, ended with the block; yields its connection name."""
     port = _free_port()
     name = f"dept-{port}"
@@ -106,11 +116,13 @@ def _superlink(flower_home: Path, environment: dict[str, str]) -> Iterator[str]:
             command, env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            wait_until_up(process, port, f"Flower's SuperLink (see {folder}/superlink.out)")
+            with progress.stage("starting Flower"):
+                wait_until_up(process, port, f"Flower's SuperLink (see {folder}/superlink.out)")
             yield name
         finally:
-            end_tree(process.pid)
-            process.wait()
+            with progress.stage("ending Flower"):
+                end_tree(process.pid)
+                process.wait()
 
 
 def _free_port() -> int:

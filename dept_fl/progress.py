@@ -16,7 +16,8 @@ from dept_fl.report import duration
 
 T = TypeVar("T")
 
-_LINE_EVERY_S = 2.0  # where stderr is no terminal
+_LINE_EVERY_S = 2.0  # where stderr is no terminal; then ever more rarely, up to
+_LINE_AT_LEAST_EVERY_S = 60.0
 
 
 class Progress:
@@ -30,7 +31,7 @@ class Progress:
     def _begin(self, title: str) -> None:
         self._title, self._began = title, time.monotonic()
         self._documents = self._bytes = 0
-        self._done = self._steps = 0
+        self._done, self._steps, self._unit = 0, 0, "steps"
 
     def during(self, title: str, work: Callable[[], T]) -> T:
         """Do the work, and show meanwhile that it is being done."""
@@ -45,9 +46,9 @@ class Progress:
         with self._in_place() if live else self._in_lines():
             yield
 
-    def at(self, done: int, steps: int) -> None:
+    def at(self, done: int, steps: int, unit: str = "steps") -> None:
         """So many of the stage's steps are done."""
-        self._done, self._steps = done, steps
+        self._done, self._steps, self._unit = done, steps, unit
 
     def watch(self, texts: Iterator[str]) -> Iterator[str]:
         """Pass the texts on, and count them into the stage."""
@@ -60,9 +61,8 @@ class Progress:
         """The stage as it stands now."""
         elapsed = time.monotonic() - self._began
         if self._steps:
-            return (
-                f"{self._title} ... {self._done:,} of {self._steps:,} steps, {self._time(elapsed)}"
-            )
+            done = f"{self._done:,} of {self._steps:,} {self._unit}"
+            return f"{self._title} ... {done}, {self._time(elapsed)}"
         if not self._documents:
             return f"{self._title} ... {duration(elapsed)}"
         rate = self._bytes / max(elapsed, 1e-3)
@@ -74,8 +74,10 @@ class Progress:
     def _time(self, elapsed: float) -> str:
         if not self._done:
             return duration(elapsed)
-        left = elapsed / self._done * (self._steps - self._done)
-        return f"{duration(elapsed)}; left: about {duration(left)}"
+        per_s = self._done / max(elapsed, 1e-3)
+        rate = f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
+        left = (self._steps - self._done) / per_s
+        return f"{rate} a second, {duration(elapsed)}; left: about {duration(left)}"
 
     def _in_place(self) -> AbstractContextManager[object]:
         spinner = Spinner("dots")
@@ -91,8 +93,10 @@ class Progress:
         done = threading.Event()
 
         def show() -> None:
-            while not done.wait(_LINE_EVERY_S):
+            every_s = _LINE_EVERY_S
+            while not done.wait(every_s):
                 self._console.print(self.line(), soft_wrap=True)
+                every_s = min(1.5 * every_s, _LINE_AT_LEAST_EVERY_S)
 
         self._console.print(f"{self._title} ...", soft_wrap=True)
         thread = threading.Thread(target=show, daemon=True)

@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dept_fl.checkpoint import write_whole
+
 if TYPE_CHECKING:
     from dept_fl.cost import Cost
 
@@ -47,8 +49,6 @@ class Ledger:
 
     def rewind(self, round_: int) -> None:
         """Drop what was written behind whole round `round_`, which will be done again."""
-        from dept_fl.checkpoint import write_whole  # brings PyTorch: `dept status` need not wait
-
         kept = [
             e
             for e in self.read()

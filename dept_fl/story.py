@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import textwrap
 from collections.abc import Mapping
@@ -28,6 +29,27 @@ def story(made: NewSilo, columns: int) -> str:
     }
     first, *others = [_table(title, rows, columns) for title, rows in tables.items()]
     return "\n\n".join([first, _glimpses(made, columns), *others, _next(made)])
+
+
+def as_json_text(made: NewSilo) -> str:
+    """The same in figures, as one JSON object; no text."""
+    silo, order = made.silo, made.order
+    facts = {
+        "silo": order.name,
+        "file": str(order.file),
+        "public_key": str(public_file(order.key_file)),
+        "home": str(made.home),
+        "documents": silo.corpus.documents,
+        "duplicates": silo.corpus.duplicates,
+        "train_bytes": silo.corpus.train_bytes,
+        "validation_documents": silo.corpus.validation_documents,
+        "validation_bytes": silo.corpus.validation_bytes,
+        "train_tokens": len(silo.stream.train),
+        "pieces": silo.stream.vocabulary.size,
+        "lossy_documents": silo.stream.lossy_documents,
+        "unigram_bits_per_byte": silo.unigram_bits_per_byte,
+    }
+    return json.dumps(facts, ensure_ascii=False, allow_nan=False)
 
 
 def _figures(made: NewSilo) -> dict[str, str]:

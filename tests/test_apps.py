@@ -15,7 +15,7 @@ from client_app.app import hosted_silos
 from dept_fl.checkpoint import only_writer
 from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
-from server_app.app import open_run_dir
+from dept_fl.run_dir import open_run_dir
 
 Make = Callable[..., Recipe]
 

@@ -222,7 +222,10 @@ if __name__ == "__main__":
     # What a shell started in the background ignores it, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     job = Endless(Arm("endless", "central", ""), 1, "tokens", load_recipe(sys.argv[1]), "")
-    run_jobs([job], Path(sys.argv[2]), Path(sys.argv[2]), 1, print)
+    try:
+        run_jobs([job], Path(sys.argv[2]), Path(sys.argv[2]), 1, print)
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 """
 
 
@@ -232,13 +235,20 @@ def test_no_worker_outlives_the_command(tiny_file: Path, tmp_path: Path, name: s
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tiny_file), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
         file = tmp_path / "endless-seed-1" / "pid"
         wait_until(lambda: file.is_file() and file.read_text() != "")
         worker = psutil.Process(int(file.read_text()))
-        parent.send_signal(signal.Signals[name])
+        send = os.killpg if name == "SIGINT" else os.kill  # a terminal sends it to all of them
+        send(parent.pid, signal.Signals[name])
         assert parent.wait(60) != 0
         wait_until(lambda: not is_alive(worker))
+        assert parent.stderr is not None
+        told = parent.stderr.read()
+    assert "Traceback" not in told
+    assert ("stopped" in told) == (name == "SIGINT")
 
 
 def wait_until(done: Callable[[], bool], limit_s: float = 120.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import re
 import shutil
 import signal
@@ -86,6 +87,17 @@ def test_init_says_what_it_made_and_what_comes_next(dept: Dept, tmp_path: Path):
     fingerprint = ["openssl", "x509", "-fingerprint", "-sha256", "-noout", "-in", folder / "ca.crt"]
     told = subprocess.run(fingerprint, capture_output=True, text=True, check=True).stdout
     assert told.strip().rpartition("=")[2] in done.stdout
+
+
+def test_init_tells_a_machine_too(dept: Dept, tmp_path: Path):
+    told = json.loads(dept("init", tmp_path / "fed", *HOST, "--port", 8080, "--json").stdout)
+    made = load(tmp_path / "fed")
+    assert (told["address"], told["hosts"]) == ("fl.example.org:8080", ["fl.example.org"])
+    assert (told["ca_file"], told["ca_sha256"]) == (str(made.ca_file), made.ca_fingerprint)
+    assert told["connection"] == "partners"
+    again = json.loads(dept("init", tmp_path / "fed", "--renew", "--json").stdout)
+    assert again["ca_sha256"] == told["ca_sha256"]
+    assert again["certificate_ends"] >= told["certificate_ends"]
 
 
 def test_all_is_closed_to_others(folder: Path):

@@ -153,9 +153,11 @@ def test_a_killed_run_resumed_gives_the_tensors_of_an_unbroken_one(
         os.kill(pid, signal.SIGKILL)
     output, _ = first.communicate(timeout=180)
     assert first.returncode == 1, output
-    second = dept(*words, "--resume", home=home)
+    second = dept(*words, "--resume", "--json", home=home)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "resumed behind round" in second.stdout
+    assert "resumed behind round" in second.stderr
+    told = json.loads(second.stdout)
+    assert (told["run_dir"], told["run"]["state"]) == (str(run_dir), "ended")
     server, _ = trained(recipe("rounds=40"), home)
     tensors, _ = load_state(round_folder(run_dir / "checkpoints", 40))
     assert same(under_prefix("body", tensors), server.body)

@@ -88,13 +88,13 @@ def test_stop_ends_the_superlink_of_its_port_alone(
     processes = started(str(script), STUBBORN, "--port", str(port))
     beginning = str(port)[:-1]  # of the same digits, but another port
     other = CliRunner().invoke(app, ["stop", "--port", beginning])
-    assert other.output == f"no local SuperLink on port {beginning}\n"
+    assert other.stdout == f"no local SuperLink on port {beginning}\n"
     assert all(map(alive, processes))
     done = CliRunner().invoke(app, ["stop", "--port", str(port)])
-    assert done.output == f"ended the SuperLink on port {port}\n"
+    assert done.stdout == f"ended the SuperLink on port {port}\n"
     assert not any(map(alive, processes))
 
 
 def test_stop_looks_where_flower_was_told_to_listen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39998")
-    assert CliRunner().invoke(app, ["stop"]).output == "no local SuperLink on port 39998\n"
+    assert CliRunner().invoke(app, ["stop"]).stdout == "no local SuperLink on port 39998\n"

@@ -144,6 +144,19 @@ def test_the_partner_reads_what_stays_and_what_travels(folder: Path) -> None:
     assert max(map(len, re.sub(r"\S*/\S*", "", told).splitlines())) <= 90
 
 
+def test_a_machine_reads_the_same_in_figures(folder: Path) -> None:
+    told = json.loads(made("ant", "--data", "data/ant.jsonl", "--json"))
+    silo = Silo("ant", load_silo_file(folder / "ant.yaml").alone(), folder / "home", "")
+    assert (told["documents"], told["duplicates"]) == (
+        silo.corpus.documents,
+        silo.corpus.duplicates,
+    )
+    assert (told["pieces"], told["train_tokens"]) == (300, len(silo.stream.train))
+    assert told["unigram_bits_per_byte"] == silo.unigram_bits_per_byte
+    assert Path(told["file"]) == folder / "ant.yaml"
+    assert Path(told["public_key"]).is_file()
+
+
 def test_a_text_that_the_model_writes_travels_only_if_asked_for(folder: Path) -> None:
     told = made("ant", "--data", "data/ant.jsonl", "--set", "share_samples=true")
     assert "at the end  a text that the model writes" in told

@@ -53,7 +53,13 @@ def test_a_stage_with_steps_says_how_many_are_left(monkeypatch: pytest.MonkeyPat
         assert progress.line() == "training ... 0 of 4,000 steps, 0 s"
         progress.at(1000, 4000)
         clock[0] = 120.0
-        assert progress.line() == "training ... 1,000 of 4,000 steps, 20 s; left: about 60 s"
+        assert progress.line() == (
+            "training ... 1,000 of 4,000 steps, 50 a second, 20 s; left: about 60 s"
+        )
+        progress.at(1, 4000, "texts")
+        assert progress.line() == (
+            "training ... 1 of 4,000 texts, 0.05 a second, 20 s; left: about 22.2 h"
+        )
     with progress.stage("evaluating"):
         assert progress.line() == "evaluating ... 0 s"
 

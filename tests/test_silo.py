@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from flwr.app import Message
 
 from dept_fl import checkpoint
@@ -120,7 +121,7 @@ def test_a_silo_that_is_killed_while_it_writes_leaves_nothing_that_could_be_read
     task = server.task("ant")
     expected = ant.train(task)
     shutil.rmtree(round_folder(ant._states, 3))
-    save_file = checkpoint.save_file
+    save_file = safetensors.torch.save_file
 
     def half(tensors: object, file: Path) -> None:
         save_file(tensors, file)
@@ -128,7 +129,7 @@ def test_a_silo_that_is_killed_while_it_writes_leaves_nothing_that_could_be_read
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", half)
+        patch.setattr(safetensors.torch, "save_file", half)
         patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # nobody tidies up
         with pytest.raises(Killed):
             ant.train(task)

@@ -1,43 +1,94 @@
-"""What the commands share."""
+"""What the commands share: how they end, how they are grouped, how words become settings."""
 
 from __future__ import annotations
 
+import errno
 import shlex
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from dept_fl.config import home_dir
 from dept_fl.errors import DeptError
 
 RECIPE = "conf/demo.yaml"
 
+# The panels of `dept --help`, in the order in which it shows them.
+PRETRAIN, USE, COMPARE, JOIN = "Pre-train", "Use a model", "Compare", "Silos and federations"
+
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+EXIT_CODES = f"""Exit codes: 0 all went well; {FAILED} it failed, or whoever read the output left; \
+{BAD_INPUT} bad input; {STOPPED} stopped by Ctrl-C or a signal to end, and all files are whole. \
+What runs until Ctrl-C (silo start, federation start, status --watch) ends with 0."""
+
+_OF_THE_MACHINE = {  # what is wrong with a disk or its rights is told in a line, not by a traceback
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+class Commands(TyperGroup):
+    """All commands, each of which ends as `EXIT_CODES` says."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _told_how_it_ends(), _signals_interrupt():
+            return super().invoke(ctx)
+
 
 @contextmanager
-def mistakes_told() -> Iterator[None]:
-    """A mistake costs one clear line and exit code 2."""
+def _told_how_it_ends() -> Iterator[None]:
     try:
         yield
     except DeptError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        told(f"error: {error}")
+        raise typer.Exit(BAD_INPUT) from None
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        told(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt as stop:
+        told("; ".join(["stopped", *map(str, stop.args)]))
+        raise typer.Exit(STOPPED) from None
 
 
 @contextmanager
-def interrupt_told() -> Iterator[None]:
-    """Ctrl-C in the midst of jobs costs one line and exit code 130."""
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and a closed terminal end a command as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ending = (signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in ending}
+    for each, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as `nohup` leaves it
+            signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def if_stopped(words: str) -> Iterator[None]:
+    """What is told of a Ctrl-C in the block: how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        told("stopped; the same command goes on where it was")
-        raise typer.Exit(130) from None
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt  # so that SIGTERM and a closed terminal end the SuperLink too
+        raise KeyboardInterrupt(words) from None
 
 
 def told(line: str) -> None:
@@ -48,7 +99,7 @@ def tell_failures(failures: list[str], jobs: int) -> None:
     """Name the jobs that failed, and exit with 1 if any did."""
     if failures:
         told("\n".join([f"error: {len(failures)} of {jobs} jobs failed:", *failures]))
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def home_of(home: str) -> Path:

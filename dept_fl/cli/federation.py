@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 
-from dept_fl.cli.common import mistakes_told
 from dept_fl.errors import DeptError
+from dept_fl.progress import Progress
 
-app = typer.Typer(no_args_is_help=True, help="Open a federation to partners.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Open a federation to partners.
+
+    Example: dept federation init ~/federation --host fl.example.org
+    """,
+)
 
 
 @app.command("init")
-@mistakes_told()
 def federation_init(
     folder: Annotated[Path, typer.Argument(help="new folder for keys, settings and logs")],
     host: Annotated[
@@ -36,35 +41,41 @@ def federation_init(
     renew: Annotated[
         bool, typer.Option("--renew", help="make a new server certificate in an old folder")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Make certificates, a reverse proxy's configuration and Flower's connection to it.
 
     Example: dept federation init ~/federation --host fl.example.org
     """
-    from dept_fl.federation import Settings, init, instructions, renew_certificate
+    with Progress().stage("starting"):
+        from dept_fl.federation import Settings, init, instructions, renew_certificate
 
     folder, hosts = folder.expanduser(), host or []
     if renew:
         if port or superlink_port or name:
             raise DeptError("--renew changes the certificate, with --host its hosts; nothing else")
         made = renew_certificate(folder, hosts)
-        typer.echo(f"new certificate until {made.ends:%Y-%m-%d}; used from the next start on")
-        return
-    if not hosts:
+        words = f"new certificate until {made.ends:%Y-%m-%d}; used from the next start on"
+    elif not hosts:
         raise DeptError("--host is missing: the name under which partners reach this machine")
-    settings = Settings(hosts, port or 443, superlink_port or 8443, name or "partners")
-    typer.echo(instructions(init(folder, settings)))
+    else:
+        settings = Settings(hosts, port or 443, superlink_port or 8443, name or "partners")
+        made = init(folder, settings)
+        words = instructions(made)
+    typer.echo(made.to_json() if as_json else words)
 
 
 @app.command("start", context_settings={"ignore_unknown_options": True})
-@mistakes_told()
 def federation_start(
     folder: Annotated[Path, typer.Argument(help="made by `dept federation init`")],
     words: Annotated[
         list[str] | None, typer.Argument(help="more arguments for flower-superlink")
     ] = None,
 ) -> None:
-    """Run the SuperLink with the reverse proxy in front of it until Ctrl-C; both end together."""
+    """Run the SuperLink with the reverse proxy in front of it until Ctrl-C; both end together.
+
+    Example: dept federation start ~/federation
+    """
     from dept_fl.federation import start
 
     try:

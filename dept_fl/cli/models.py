@@ -1,4 +1,4 @@
-"""Commands about models: `dept export`, `generate`, `finetune`."""
+"""Commands about models: `dept export`, `generate`, `evaluate`, `finetune`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dept_fl.cli.common import home_of, mistakes_told
+from dept_fl.cli import complete
+from dept_fl.cli.common import USE, home_of
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
 from dept_fl.report import harmless
@@ -18,14 +19,15 @@ from dept_fl.report import harmless
 app = typer.Typer()
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=USE)
 def export(
     out: Annotated[Path, typer.Option(help="new folder for the model")],
     run_dir: Annotated[
         Path | None, typer.Argument(help="folder of a run, or of a job of `dept adapt`")
     ] = None,
-    silo: Annotated[str, typer.Option(help="whose model, such as fr")] = "",
+    silo: Annotated[
+        str, typer.Option(help="whose model, such as fr", autocompletion=complete.silos)
+    ] = "",
     shared: Annotated[
         bool, typer.Option("--global", help="the server's model, of GLOB or TRIM")
     ] = False,
@@ -40,7 +42,7 @@ def export(
 ) -> None:
     """Write a final model as an ordinary Hugging Face folder, with tokenizer and model card.
 
-    Example: dept export runs/demo-spec-opt-20261121-065532 --silo python --out python-model
+    Example: dept export runs/demo-spec-opt-20261121-065532 --silo fr --out model
     """
     if (bool(silo), shared, silo_file is not None).count(True) != 1 or (
         (run_dir is None) == (silo_file is None)
@@ -69,8 +71,7 @@ def export(
     typer.echo(made.to_json() if as_json else "\n".join(made.lines()))
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=USE)
 def generate(
     folder: Annotated[
         Path, typer.Argument(help="an exported folder, or a silo's SILO/state/EXPERIMENT/final")
@@ -96,7 +97,8 @@ def generate(
     model = progress.during("loading the model", lambda: load_pretrained(folder.expanduser()))
     encoder = Encoder(model.tokenizer, model.vocabulary)
     start = [encoder.end, *encoder([prompt])[0]]
-    work = partial(write_on, model.model, start, tokens, model.sequence_tokens, seed)
+    window, tell = model.sequence_tokens, partial(progress.at, unit="tokens")
+    work = partial(write_on, model.model, start, tokens, window, seed, tell=tell)
     written = progress.during("writing", lambda: work(temperature, top_k, encoder.end))
     text = model.tokenizer.decode([int(model.vocabulary.ids[i]) for i in written])
     if as_json:
@@ -106,8 +108,43 @@ def generate(
         typer.echo(harmless(prompt + text))
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=USE)
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(help="an exported folder, or a silo's SILO/state/EXPERIMENT/final")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="files, folder or quoted pattern, as for a silo; repeatable",
+            metavar="FILES",
+            show_default="the silo's own validation text",
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="that holds the text")] = "text",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
+    ] = None,
+    window: Annotated[
+        int, typer.Option(help="tokens that it sees at once", min=0, show_default="the model's")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Say how well a model predicts text: bits per byte, perplexity, unigram floor.
+
+    Example: dept evaluate model --data letters.txt
+    """
+    progress = Progress()
+    with progress.stage("starting"):  # PyTorch takes seconds
+        from dept_fl.assess import Question, assess
+
+    question = Question(folder.expanduser(), data or [], column, settings or [], window, device)
+    found = assess(question, progress)
+    typer.echo(found.to_json() if as_json else "\n".join(found.lines()))
+
+
+@app.command(rich_help_panel=USE)
 def finetune(
     folder: Annotated[
         Path, typer.Argument(help="a silo's SILO/state/EXPERIMENT/final, or a Hugging Face folder")

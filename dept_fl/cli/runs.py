@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +12,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dept_fl.cli import complete
 from dept_fl.cli.common import (
+    COMPARE,
+    FAILED,
+    PRETRAIN,
     RECIPE,
     as_text,
     home_of,
-    interrupt,
-    interrupt_told,
-    mistakes_told,
+    if_stopped,
     recipe_path,
     tell_failures,
     told,
@@ -27,21 +29,29 @@ from dept_fl.config import load_recipe, require_silos
 from dept_fl.errors import DeptError
 from dept_fl.local import COMPLETED, end_superlink, simulate
 from dept_fl.progress import Progress
+from dept_fl.servers import interrupted_by_signals
 from dept_fl.status import look, view, watch
 
 app = typer.Typer()
 
+_GOES_ON = "the same command goes on where it was"
 
-@app.command()
-@mistakes_told()
+
+@app.command(rich_help_panel=PRETRAIN)
 def run(
     recipe: Annotated[str, typer.Argument(help="recipe file")] = RECIPE,
-    overrides: Annotated[list[str] | None, typer.Argument(help="such as variant=trim")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="such as variant=trim", autocompletion=complete.settings),
+    ] = None,
     run_dir: Annotated[str, typer.Option(help="folder of the run; default: a new one")] = "",
     home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped run")] = False,
     nodes: Annotated[int, typer.Option(help="virtual nodes of the simulation", min=1)] = 2,
     cpus: Annotated[int, typer.Option(help="CPU cores of one silo at work", min=1)] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object at the end; all else on stderr")
+    ] = False,
 ) -> None:
     """Run a recipe in simulation: `flwr run` with the right environment and exit code.
 
@@ -49,33 +59,47 @@ def run(
 
     Example: dept run conf/demo.yaml variant=trim tokenizer=shared rounds=4
     """
-    from dept_fl.model import layout  # takes seconds that the other commands need not wait
+    path, words = recipe_path(recipe), as_text(overrides)
+    made = load_recipe(path, words)  # every mistake shows before any process starts
+    require_silos(made)
+    place = home_of(home)
+    progress = Progress()
+    with progress.stage("starting"):  # PyTorch takes seconds
+        from dept_fl.model import layout
+        from dept_fl.rounds import has_checkpoint
+        from dept_fl.run_dir import open_run_dir
 
-    try:
-        path, words = recipe_path(recipe), as_text(overrides)
-        made = load_recipe(path, words)  # every mistake shows before any process starts
-        require_silos(made)
         layout(made.model, made.sequence_tokens)
-        config = {
-            "recipe": path,
-            "overrides": words,
-            "home": str(home_of(home)),
-            "run-dir": str(Path(run_dir).expanduser().absolute()) if run_dir else "",
-            "resume": resume,
-        }
-        signal.signal(signal.SIGTERM, interrupt)
-        signal.signal(signal.SIGHUP, interrupt)
-        status = simulate(config, nodes, cpus, len(made.silo_names), made.processes)
+    given = str(Path(run_dir).expanduser().absolute()) if run_dir else ""
+    folder = open_run_dir(given, place, made, resume)
+    config = {
+        "recipe": path,
+        "overrides": words,
+        "home": str(place),
+        "run-dir": str(folder),
+        "resume": resume,
+    }
+    try:
+        with interrupted_by_signals():  # a second one must not leave Flower's processes behind
+            silos, output = len(made.silo_names), sys.stderr if as_json else sys.stdout
+            status = simulate(config, nodes, cpus, silos, made.processes, progress, output)
     except KeyboardInterrupt:
-        typer.echo("stopped; go on with --resume and the same --run-dir", err=True)
-        raise typer.Exit(130) from None
+        go_on = f"go on with --resume --run-dir {folder}"
+        words = go_on if has_checkpoint(folder) else "before its first whole round"
+        raise KeyboardInterrupt(words) from None
+    finally:
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+    if as_json:
+        ledger = folder / "metrics.jsonl"
+        facts = asdict(look(folder)) if ledger.is_file() else None
+        typer.echo(json.dumps({"run_dir": str(folder), "flower": status, "run": facts}))
     if status != COMPLETED:
-        typer.echo(f"error: the run ended as {status}", err=True)
-        raise typer.Exit(1)
+        told(f"error: the run ended as {status}")
+        raise typer.Exit(FAILED)
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=PRETRAIN)
 def status(
     run_dir: Annotated[Path, typer.Argument(help="folder of the run, as the run printed it")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object, once")] = False,
@@ -94,24 +118,32 @@ def status(
         console.print(view(look(run_dir.expanduser())))
 
 
-@app.command()
+@app.command(rich_help_panel=PRETRAIN)
 def stop(
     port: Annotated[
         int, typer.Option(envvar="FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", help="where it listens")
     ] = 39091,
 ) -> None:
-    """End the local SuperLink that a plain `flwr run .` leaves behind, with all it started."""
-    ended = end_superlink(port)
+    """End the local SuperLink that a plain `flwr run .` leaves behind, with all it started.
+
+    Example: dept stop
+    """
+    ended = Progress().during("ending it", lambda: end_superlink(port))
     typer.echo(f"{'ended the' if ended else 'no local'} SuperLink on port {port}")
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=COMPARE)
 def compare(
     recipe: Annotated[str, typer.Argument(help="recipe file")],
     out: Annotated[Path, typer.Option(help="folder of the results; one with some is gone on with")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="such as rounds=8")] = None,
-    arms: Annotated[str, typer.Option(help="all, or names with commas between")] = "all",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="such as rounds=8", autocompletion=complete.settings),
+    ] = None,
+    arms: Annotated[
+        str,
+        typer.Option(help="all, or names with commas between", autocompletion=complete.arms),
+    ] = "all",
     seeds: Annotated[int, typer.Option(help="how many, from the recipe's on", min=1)] = 1,
     equal: Annotated[
         str, typer.Option(help="what all arms see as much of: tokens, bytes, both")
@@ -124,11 +156,10 @@ def compare(
 ) -> None:
     """Compare DEPT's variants with their baselines and controls, on the same text and model.
 
-    Example: dept compare conf/handbook.yaml --arms std-1,alone,spec-opt --seeds 3 --out results
+    Example: dept compare conf/handbook.yaml --arms std-1,spec-opt --out results
     """
     made = load_recipe(recipe_path(recipe), as_text(overrides))
     require_silos(made)
-    signal.signal(signal.SIGTERM, interrupt)
     progress = Progress()
     with progress.stage("starting"):
         from dept_fl.arms import chosen_arms
@@ -140,10 +171,11 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     place = home_of(home)
     comparison = Comparison(made, chosen_arms(arms), seeds, folder, place, equal)
-    progress.during("making text, tokenizers and tokens ready", comparison.prepare)
-    with interrupt_told():
+    with if_stopped(_GOES_ON):
+        title = "making text, tokenizers and tokens ready"
+        progress.during(title, lambda: comparison.prepare(progress.watch))
         jobs = progress.during("planning", comparison.jobs)
-        results, failures = run_jobs(jobs, folder / "runs", place, parallel, told)
+        results, failures = run_jobs(jobs, folder / "runs", place, parallel, told, progress)
     facts = {"recipe": asdict(made), "arms": {arm.name: arm.words for arm in comparison.arms}}
     if results:
         rows = write(results, {**about(), **facts}, folder)
@@ -152,8 +184,7 @@ def compare(
     tell_failures(failures, len(jobs))
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=COMPARE)
 def adapt(
     bodies: Annotated[
         list[str], typer.Argument(help="folders of runs or of a comparison's jobs, or: random")
@@ -166,7 +197,7 @@ def adapt(
         str, typer.Option(help="names the silos", show_default="the first run's")
     ] = "",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="such as only=[el] or shared_vocab_size=8000")
+        list[str] | None, typer.Option("--set", help="such as shared_vocab_size=8000")
     ] = None,
     sampling: Annotated[str, typer.Option(help="of the silos: uniform, proportional")] = "uniform",
     steps: Annotated[int, typer.Option(min=0, show_default="17 % of the run's")] = 0,
@@ -183,9 +214,8 @@ def adapt(
 ) -> None:
     """Pre-train on from a run's body, with other embeddings or on other text: one table.
 
-    Example: dept adapt results/runs/spec-opt-seed-1 random --set only=[es] --out adapted
+    Example: dept adapt results/runs/spec-opt-seed-1 random --out adapted
     """
-    signal.signal(signal.SIGTERM, interrupt)
     progress = Progress()
     with progress.stage("starting"):
         from dept_fl import adapt as adapting
@@ -198,10 +228,10 @@ def adapt(
     words = as_text(settings)
     plan = adapting.Plan(paths, start.split(","), place, seeds, sampling, own)
     made = plan.recipe(recipe_path(recipe) if recipe else "", words, steps, every)
-    title = "making text, tokenizers and tokens ready"
-    jobs = progress.during(title, lambda: plan.jobs(made))
-    with interrupt_told():
-        results, failures = run_jobs(jobs, folder / "jobs", place, parallel, told)
+    with if_stopped(_GOES_ON):
+        title = "making text, tokenizers and tokens ready"
+        jobs = progress.during(title, lambda: plan.jobs(made, progress.watch))
+        results, failures = run_jobs(jobs, folder / "jobs", place, parallel, told, progress)
     if results:
         rows = adapting.write(results, about(), folder)
         text = json.dumps([asdict(row) for row in rows]) if as_json else adapting.markdown(rows)
@@ -210,11 +240,13 @@ def adapt(
     tell_failures(failures, len(jobs))
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=COMPARE)
 def cost(
     recipe: Annotated[str, typer.Argument(help="recipe file", show_default=RECIPE)] = "",
-    overrides: Annotated[list[str] | None, typer.Argument(help="such as variant=trim")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="such as variant=trim", autocompletion=complete.settings),
+    ] = None,
     vocabulary: Annotated[
         list[str] | None,
         typer.Option(help="NAME=SIZE of a silo's vocabulary, or shared=SIZE; repeatable"),
@@ -230,7 +262,7 @@ def cost(
 ) -> None:
     """Count parameters, memory and bytes sent of every method: for a recipe, the paper, a run.
 
-    Example: dept cost conf/demo.yaml model.preset=gpt2-125m --vocabulary python=50257
+    Example: dept cost conf/demo.yaml model.preset=gpt2-125m
     """
     if (bool(recipe or vocabulary) + paper + (measured is not None)) > 1:
         raise DeptError("give a recipe with --vocabulary, or --paper, or --measured: one of them")

@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from dept_fl.cli.common import (
-    mistakes_told,
-    recipe_path,
-    text_columns,
-)
+from dept_fl.cli import complete
+from dept_fl.cli.common import FAILED, as_text, home_of, recipe_path, text_columns
+from dept_fl.config import load_recipe
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
 
-app = typer.Typer(no_args_is_help=True, help="Join a federation as a partner.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Make silos, see what lies in them, join a federation as a partner.
+
+    Example: dept silo new fr --data 'texts/*.jsonl'
+    """,
+)
 
 
 @app.command("new", context_settings={"allow_extra_args": True})
-@mistakes_told()
 def silo_new(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="of the silo in the federation, such as fr")],
@@ -43,6 +47,7 @@ def silo_new(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="another setting of NAME.yaml: KEY=VALUE")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Make a silo of your text: its settings, key pair, tokenizer and tokens.
 
@@ -53,7 +58,7 @@ def silo_new(
     progress = Progress()
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.partner import Order, new_silo, read_settings
-        from dept_fl.story import story
+        from dept_fl.story import as_json_text, story
 
     order = Order(
         name=name,
@@ -69,11 +74,37 @@ def silo_new(
         more=read_settings(settings or []),
     )
     made = new_silo(order, progress)
-    typer.echo(story(made, text_columns()))
+    typer.echo(as_json_text(made) if as_json else story(made, text_columns()))
+
+
+@app.command("list")
+def silo_list(
+    recipe: Annotated[
+        str, typer.Argument(help="recipe that names them", show_default="all in the home")
+    ] = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="such as validation_fraction=0.1", autocompletion=complete.settings),
+    ] = None,
+    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """List silos with their text, tokens and experiments, as they lie on this machine's disk.
+
+    Example: dept silo list conf/demo.yaml
+    """
+    from dept_fl.inventory import inventory
+
+    asked = load_recipe(recipe_path(recipe), as_text(overrides)) if recipe else None
+    place = home_of(home)
+    found = Progress().during("looking", lambda: inventory(place, asked))
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        Console(highlight=False, markup=False, emoji=False).print(found.view())
 
 
 @app.command("check")
-@mistakes_told()
 def silo_check(
     file: Annotated[Path, typer.Argument(help="of the silo, made by `dept silo new`")],
     recipe: Annotated[
@@ -87,7 +118,8 @@ def silo_check(
 ) -> None:
     """See whether a silo can join: data, tokenizer, a step of training, memory, time, network.
 
-    Example: dept silo check fr.yaml --superlink fl.example.org:443 --root-certificates ca.crt
+    Example: dept silo check fr.yaml --superlink fl.example.org:443 \\
+        --root-certificates ca.crt
     """
     progress = Progress()
     with progress.stage("starting"):
@@ -104,11 +136,10 @@ def silo_check(
     if as_json:
         typer.echo(as_json_text(findings))
     if any(finding.state == "FAILED" for finding in findings.values()):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command("start", context_settings={"ignore_unknown_options": True})
-@mistakes_told()
 def silo_start(
     file: Annotated[Path, typer.Argument(help="of the silo, made by `dept silo new`")],
     superlink: Annotated[str, typer.Option(help="HOST:PORT of the operator")],
@@ -122,7 +153,8 @@ def silo_start(
 ) -> None:
     """Run the silo's SuperNode, and start it again whenever it ends, until Ctrl-C.
 
-    Example: dept silo start fr.yaml --superlink fl.example.org:443 --root-certificates ca.crt
+    Example: dept silo start fr.yaml --superlink fl.example.org:443 \\
+        --root-certificates ca.crt
     """
     from dept_fl.silo_file import load_silo_file
     from dept_fl.supernode import SuperNode, keep_up
@@ -137,7 +169,6 @@ def silo_start(
 
 
 @app.command("split")
-@mistakes_told()
 def silo_split(
     files: Annotated[
         list[str], typer.Argument(help="one corpus: .txt, .jsonl, .parquet, compressed too")
@@ -156,7 +187,7 @@ def silo_split(
 ) -> None:
     """Make silos of a corpus whose sources nobody noted: cluster its documents.
 
-    Example: dept silo split corpus.jsonl --silos 8 --out parts && dept run parts/silos.yaml
+    Example: dept silo split corpus.jsonl --silos 8 --out parts
     """
     progress = Progress()
     with progress.stage("starting"):  # scikit-learn takes seconds
