@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -24,6 +23,7 @@ State = Literal["running", "silent", "ended"]
 _REFRESH_S = 2.0
 _RECENT_ROUNDS = 5  # what a round takes now, not what the first ones took
 _RECENT_FAILURES = 5
+_LARGEST = 1e300  # number; JSON's may be infinite, or too long for a float
 _SILENT_ROUNDS, _SILENT_S = 3, 120.0  # no event for longer than either: stopped or stalled
 
 
@@ -99,12 +99,13 @@ def watch(run_dir: Path, console: Console) -> None:
 _FIELDS: dict[str, dict[str, type]] = {
     "plan": {"experiment": str, "recipe": str, "rounds": int, "estimate_s": float, "silos": dict},
     "join": {"silo": str},
-    "silo_train": {"silo": str, "round": int, "tokens_per_s": float},
+    "silo_train": {"silo": str, "round": int},
     "silo_eval": {"silo": str, "bits_per_byte": float, "unigram_bits_per_byte": float},
     "round": {"round": int, "seconds": float},
     "absent": {"silo": str, "round": int, "reason": str},
     "failure": {"silo": str, "round": int, "reason": str},
 }
+_MEASURED = {"silo_train": ["tokens_per_s"]}  # numbers, but a comparison's jobs have none
 
 
 def read(run_dir: Path) -> list[Event]:
@@ -133,8 +134,9 @@ def _event(line: str, where: str) -> Event:
     try:
         event: Event = json.loads(line)
         fields = {"time": float} | _FIELDS.get(event["event"], {})
+        fields |= {name: float for name in _MEASURED.get(event["event"], []) if name in event}
         wrong = [name for name, kind in fields.items() if not _is(event.get(name), kind)]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         wrong = ["event"]
     if wrong:
         raise DeptError(f"{where}: no right {wrong[0]!r} in {line[:60]!r}; remove this line")
@@ -143,7 +145,7 @@ def _event(line: str, where: str) -> Event:
 
 def _is(value: object, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) < _LARGEST
     return isinstance(value, kind)
 
 
@@ -164,7 +166,7 @@ def summary(events: list[Event], now: float) -> Status:
         name=str(plan.get("name", "")),
         variant=plan["recipe"],
         experiment=plan["experiment"],
-        round=_last_round(rounds),
+        round=_last_round([*rounds, *_of(events, "silo_train")]),  # a comparison's have no other
         rounds=plan["rounds"],
         state=state,
         last_event=last_event,
@@ -184,7 +186,7 @@ def _state(events: list[Event], silence_s: float, round_s: float) -> State:
     return "silent" if silence_s > max(_SILENT_S, _SILENT_ROUNDS * round_s) else "running"
 
 
-def _last_round(rounds: list[Event]) -> int:
+def _last_round(rounds: Iterable[Event]) -> int:
     return max((e["round"] for e in rounds), default=0)
 
 
@@ -226,7 +228,8 @@ def _after(silo: SiloStatus, event: Event) -> SiloStatus:
         case "join":
             return seen
         case "silo_train":
-            return replace(seen, merged_round=event["round"], tokens_per_s=event["tokens_per_s"])
+            speed = event.get("tokens_per_s")
+            return replace(seen, merged_round=event["round"], tokens_per_s=speed)
         case "silo_eval":
             return replace(
                 seen,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
@@ -30,6 +32,7 @@ _RETURN_S = 120.0  # how long the final body waits for a lost silo; with keys, a
 _SHORTEST_TASK_S = 1.0
 _LEAST_PATIENCE_S = 30.0
 _ASKED_AT_MOST = 5  # times in one round, where a silo gets lost again and again
+_SAMPLE_CHARACTERS = 2000  # of a silo's text in the ledger
 _LOOK_S, _SIMULATED_LOOK_S = 1.0, 0.1  # to look costs a request for each reply, or nothing
 
 
@@ -250,6 +253,7 @@ class DeptStrategy(Strategy):
             )
         self._screen.line(f"metrics      {self._ledger.file}")
         self._screen.line(f"plot         {self._run_dir / 'curves.png'}")
+        self._screen.line(f"page         dept report {self._run_dir}")
         self._screen.line(f"checkpoints  {self._run_dir / 'checkpoints'}")
         if self._simulated:
             final = self._home / "silos" / "<silo>" / "state" / self._server.experiment / "final"
@@ -290,8 +294,10 @@ class DeptStrategy(Strategy):
             seed=recipe.seed,
             body_parameters=server.layout.body_parameters(),
             estimate_s=seconds,
+            versions=_versions(),
             silos={
                 r.silo: {
+                    "device": "gpu" if r.on_gpu else "cpu",
                     "vocabulary": r.vocabulary,
                     "train_tokens": r.train_tokens,
                     "train_bytes": r.train_bytes,
@@ -345,6 +351,9 @@ class DeptStrategy(Strategy):
             if warning:
                 self._warning(server_round, silo, warning)
             self._ledger.write("silo_eval", round=server_round, silo=silo, final=True, **row)
+            if text:
+                shown = text[:_SAMPLE_CHARACTERS]
+                self._ledger.write("sample", round=server_round, silo=silo, text=shown)
             self._rows.append({"silo": silo, "sample": text, **row})
         return None
 
@@ -675,6 +684,13 @@ def _picked(metrics: dict[str, float], keys: tuple[str, ...]) -> Event:
         return {key: metrics[key] for key in keys}
     except KeyError as error:
         raise BadUpdate(f"has no metric {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides a run's bits at the server."""
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("flwr", "torch", "transformers")
+    }
 
 
 def _of_silo(silo: str, reason: str) -> str:

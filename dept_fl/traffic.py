@@ -47,8 +47,15 @@ def traffic(run_dir: Path) -> list[Traffic]:
     Raises:
         DeptError: the folder holds none of them, they cannot be read, or no update was merged.
     """
-    events = read(run_dir)
-    recipe = recipe_of(run_dir)
+    return measured(read(run_dir), recipe_of(run_dir), run_dir)
+
+
+def measured(events: list[Event], recipe: Recipe, run_dir: Path) -> list[Traffic]:
+    """The same of events that were read.
+
+    Raises:
+        DeptError: the events lack what is measured.
+    """
     found = layout(recipe.model, recipe.sequence_tokens)
     trained = [event for event in events if event["event"] == "silo_train"]
     if not trained:

@@ -77,6 +77,13 @@ def test_a_silo_is_what_its_last_answers_tell():
     ]  # fmt: skip
 
 
+def test_a_comparisons_job_tells_its_round_and_no_speed(tmp_path: Path):
+    trained = [event("silo_train", 1000.0 + r, round=r, silo="ant") for r in (1, 2)]
+    made = summary(read(write(tmp_path, *trained)), now=1003.0)
+    assert made.round == 2
+    assert made.silos == [SiloStatus("ant", seen=1002.0, merged_round=2)]
+
+
 def test_the_time_left_is_that_of_the_rounds_left_less_what_this_one_has_had():
     events = [PLAN, *whole_round(1, 1010.0, seconds=10.0), *whole_round(2, 1040.0, seconds=30.0)]
     assert summary(events, now=1040.0).left_s == 2 * 20.0
@@ -171,7 +178,16 @@ def test_a_last_line_that_is_being_written_is_left_out(tmp_path: Path):
         ('{"event": "round", "round": 1, "seconds": 2.0}', "no right 'time'"),
         ('{"event": "round", "time": 1, "round": "1", "seconds": 2.0}', "no right 'round'"),
         ('{"event": "round", "time": 1, "round": 1, "seconds": NaN}', "no right 'seconds'"),
+        (
+            f'{{"event": "round", "time": 1, "round": 1, "seconds": {10**400}}}',
+            "no right 'seconds'",
+        ),
         ('{"event": "failure", "time": 1, "round": 1, "silo": "a"}', "no right 'reason'"),
+        (
+            '{"event": "silo_train", "time": 1, "round": 1, "silo": "a", "tokens_per_s": "many"}',
+            "no right 'tokens_per_s'",
+        ),
+        ("[" * 100_000, "no right 'event'"),
     ],
 )
 def test_a_damaged_line_is_named_with_its_number(tmp_path: Path, line: str, reason: str):

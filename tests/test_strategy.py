@@ -94,6 +94,7 @@ def test_samples_are_not_sent_where_they_are_not_shared(recipe: Make, home: Path
     finals = [m.content for m in grid.received if m.metadata.message_type == "evaluate"]
     assert len(finals) == 3
     assert all("sample" not in content.config_records["task"] for content in finals)
+    assert "sample" not in {event["event"] for event in Ledger(tmp_path).read()}
 
 
 def test_one_message_a_round_for_each_sampled_silo(recipe: Make, home: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Commands about runs: `dept run`, `status`, `stop`, `compare`, `adapt`, `cost`."""
+"""Commands about runs: `dept run`, `status`, `stop`, `compare`, `adapt`, `cost`, `report`."""
 
 from __future__ import annotations
 
@@ -292,3 +292,25 @@ def _sizes(words: list[str]) -> dict[str, int]:
             raise DeptError(f"--vocabulary {word}: expected NAME=SIZE, such as fr=50257")
         sizes[name] = int(size)
     return sizes
+
+
+@app.command()
+@mistakes_told()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="folder of the run, as the run printed it")],
+    out: Annotated[
+        Path | None, typer.Option(help="file of the page", show_default="RUN_DIR/report.html")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print what the page shows")] = False,
+) -> None:
+    """Write one HTML page of what happened in a run; it needs no network, and no script.
+
+    Of a run that goes on it shows how it stands now. Also for a job's folder of `dept compare`.
+
+    Example: dept report runs/demo-spec-opt-20261121-204243 --out demo.html
+    """
+    with Progress().stage("making the page"):  # PyTorch takes seconds
+        from dept_fl.page.render import write_page
+
+        facts, file = write_page(run_dir.expanduser(), out.expanduser() if out else None)
+    typer.echo(facts.to_json() if as_json else file)

@@ -1,0 +1,1 @@
+"""`dept report`: what happened in a run, as one HTML page that needs no network."""
