@@ -41,6 +41,7 @@ FREE_ON_RESUME = frozenset(
         "sample_tokens",
         "evaluate_every",
         "arms",
+        "trackers",
         "inner.micro_batch_size",
     }
 )
@@ -57,6 +58,7 @@ CODECS = ("fp32", "bf16", "int8", "int4")
 MERGES = ("mean", "median", "trimmed-mean")
 SAMPLE_BY = ("auto", "document", "paragraph", "line")
 CONTENTS = ("text", "code", "docstrings")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each by its package's name
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,8 @@ class Recipe:
             means yes in simulation; in a deployment the silo's file decides.
         arms: what arms of a comparison (`dept compare`) have of their own, such as
             ``["std-* inner.learning_rate=4e-3"]``; nothing else reads it.
+        trackers: that show a run's figures besides `metrics.jsonl` (`trackers.py`), each an extra
+            to install: `tensorboard`, `wandb`, `mlflow`, `trackio`.
     """
 
     name: str = "run"
@@ -297,6 +301,7 @@ class Recipe:
     share_samples: bool | None = None
     sample_tokens: int = 64
     arms: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list)
 
     @property
     def silo_names(self) -> list[str]:
@@ -413,9 +418,14 @@ def require_silos(recipe: Recipe) -> None:
         raise ConfigError(["silos: none; name at least one, such as silos.fr.files=['fr/*.txt']"])
 
 
+def by_name(recipe: Recipe) -> dict[str, Any]:
+    """All settings by dotted name."""
+    return dict(_leaves(asdict(recipe)))
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The settings in which two recipes differ, as lines ``key: old -> new``."""
-    a, b = dict(_leaves(asdict(old))), dict(_leaves(asdict(new)))
+    a, b = by_name(old), by_name(new)
     keys = sorted(a.keys() | b.keys())
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
@@ -714,6 +724,7 @@ def _choices(recipe: Recipe) -> Iterator[str]:
         ("outer.merge", recipe.outer.merge, MERGES),
         ("wire.up", recipe.wire.up, CODECS),
         ("wire.down", recipe.wire.down, CODECS),
+        *(("trackers", name, TRACKERS) for name in recipe.trackers),
     ):
         if value not in allowed:
             yield f"{key}={value!r}: must be one of {', '.join(allowed)}"

@@ -37,15 +37,23 @@ class Ledger:
 
     def read(self) -> list[Event]:
         """All whole lines; a last one that a kill cut off is left out."""
+        return self.read_from(0)[0]
+
+    def read_from(self, position: int) -> tuple[list[Event], int]:
+        """The whole lines behind a position in bytes, and the position behind them."""
         if not self.file.is_file():
-            return []
+            return [], position
+        with self.file.open("rb") as stream:
+            stream.seek(position)
+            lines = stream.read().decode("utf-8").splitlines()
+            position = stream.tell()
         events = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
+        for line in lines:
             try:
                 events.append(json.loads(line))
             except ValueError:
                 continue
-        return events
+        return events, position
 
     def rewind(self, round_: int) -> None:
         """Drop what was written behind whole round `round_`, which will be done again."""

@@ -27,6 +27,7 @@ from dept_fl.post import Post, Reply, Sent
 from dept_fl.report import Event, Ledger, Screen, duration, plot
 from dept_fl.rounds import Merge, Server, last_checkpoint, shared_tokenizer
 from dept_fl.silo import Registration, with_shared_tokenizer
+from dept_fl.trackers import Trackers
 
 _RETURN_S = 120.0  # how long the final body waits for a lost silo; with keys, a node needs 60 s
 _SHORTEST_TASK_S = 1.0
@@ -65,6 +66,7 @@ class DeptStrategy(Strategy):
         self._members: Members
         self._post: Post
         self._merge: Merge
+        self._trackers: Trackers
 
     # ---- the run ------------------------------------------------------------------------------
 
@@ -78,10 +80,12 @@ class DeptStrategy(Strategy):
         began = time.monotonic()
         self._prepare(grid)
         self.summary()
-        while self._server.round < self._recipe.rounds:
-            self._run_round(grid)
-        self._finish(grid)
-        self._ledger.write("end", round=self._server.round, seconds=time.monotonic() - began)
+        experiment, tell = self._server.experiment, self._screen.line
+        with Trackers(self._recipe, experiment, self._ledger, tell) as self._trackers:
+            while self._server.round < self._recipe.rounds:
+                self._run_round(grid)
+            self._finish(grid)
+            self._ledger.write("end", round=self._server.round, seconds=time.monotonic() - began)
         return self._server
 
     def _prepare(self, grid: Grid) -> None:
@@ -198,6 +202,7 @@ class DeptStrategy(Strategy):
         self._server.save(self._run_dir)
         shutil.rmtree(self._run_dir / "spool")
         self._ledger.write("checkpoint", round=self._server.round, save_s=time.monotonic() - saving)
+        self._trackers.follow()
         left = self._recipe.rounds - self._server.round
         rest = duration(left * sum(self._round_s) / len(self._round_s))
         title = f"round {self._server.round} of {self._recipe.rounds}, {duration(seconds)}"

@@ -12,6 +12,7 @@ from dept_fl.errors import DeptError
 from dept_fl.model import layout
 from dept_fl.run_dir import open_run_dir
 from dept_fl.strategy import DeptStrategy
+from dept_fl.trackers import require_packages
 
 app = ServerApp()
 
@@ -23,6 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         # The working directory is that of whoever first started this SuperLink.
         recipe = load_recipe(str(config["recipe"]), str(config["overrides"]), CONF_DIR.parent)
+        require_packages(recipe)
         layout(recipe.model, recipe.sequence_tokens)  # a model that cannot be ends the run here
         home = home_dir(str(config["home"]))
         resume = config["resume"]

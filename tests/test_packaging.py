@@ -19,9 +19,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 OVERRIDES = [Requirement(r) for r in PROJECT["tool"]["uv"]["override-dependencies"]]
 TOPS = ("dept_fl", "server_app", "client_app")
 EXTRAS = PROJECT["project"]["optional-dependencies"].values()
-DIRECT = [
-    Requirement(r) for r in (*PROJECT["project"]["dependencies"], *(r for e in EXTRAS for r in e))
-]
+NAMED = [*PROJECT["project"]["dependencies"], *(r for extra in EXTRAS for r in extra)]
+DIRECT = [Requirement(r) for r in dict.fromkeys(NAMED)]  # `dev` has those of other extras again
 PINS = [
     Requirement(line)
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

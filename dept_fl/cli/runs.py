@@ -68,7 +68,9 @@ def run(
         from dept_fl.model import layout
         from dept_fl.rounds import has_checkpoint
         from dept_fl.run_dir import open_run_dir
+        from dept_fl.trackers import require_packages
 
+        require_packages(made)
         layout(made.model, made.sequence_tokens)
     given = str(Path(run_dir).expanduser().absolute()) if run_dir else ""
     folder = open_run_dir(given, place, made, resume)
