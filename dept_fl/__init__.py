@@ -6,7 +6,18 @@ The transformer body is a traveller: it alone is sent and averaged.
 Reading order: rounds, silo, variants, train, outer; then records and strategy.
 """
 
+from __future__ import annotations
+
 import os
+import tomllib
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+# The folder of pyproject.toml and conf/: in a checkout, and in Flower's copy of the app, that of
+# the package; a wheel has them within the package.
+ROOT = PACKAGE / "project" if (PACKAGE / "project").is_dir() else PACKAGE.parent
+
+__version__: str = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 # Large tensors in large pages, as PyTorch reads at its first allocation: with a body of 100 M
 # parameters a seventh of a round's CPU time at a silo was the kernel's, for pages of 4 kB.

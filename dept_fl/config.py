@@ -16,9 +16,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from dept_fl import ROOT
 from dept_fl.errors import ConfigError, DeptError
 
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+CONF_DIR = ROOT / "conf"
 RUN_NAME = re.compile(r"(?![.\s])[^/\\\x00-\x1f]{1,100}")
 LEAST_PIECES = 300  # the 256 bytes, specials, and some pieces of text
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

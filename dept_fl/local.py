@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import psutil
 
-from dept_fl.config import CONF_DIR
+from dept_fl import PACKAGE, ROOT
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
 
@@ -50,7 +50,8 @@ def simulate(
         settings.write_text("".join(f"{k} = {_toml(v)}\n" for k, v in config.items()), "utf-8")
         federation = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
         federation += f" init-args-num-cpus={_cpus_to_use(cpus, silos)}{_gpu_share(gpus)}"
-        command = ["flwr", "run", str(CONF_DIR.parent), connection, "--stream"]
+        app = app_folder(Path(environment["FLWR_HOME"]))
+        command = ["flwr", "run", str(app), connection, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", federation]
         try:
             subprocess.run(command, env=environment, stdout=output, check=False)
@@ -62,6 +63,18 @@ def simulate(
         # Flower's copy of the app and its logs
         shutil.rmtree(environment["FLWR_HOME"], ignore_errors=True)
     return status
+
+
+def app_folder(scratch: Path) -> Path:
+    """The folder of the Flower app: the checkout, or one made of what is installed."""
+    if PACKAGE.parent == ROOT:
+        return ROOT
+    app = scratch / "dept-fl"
+    shutil.copytree(ROOT, app)
+    code = shutil.ignore_patterns("__pycache__", ROOT.name)
+    for package in (PACKAGE.name, "server_app", "client_app"):
+        shutil.copytree(PACKAGE.parent / package, app / package, ignore=code)
+    return app
 
 
 def _toml(value: object) -> str:

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import dept_fl
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -54,7 +62,8 @@ def test_hugging_faces_tokenizers_is_the_one_imported_from_here() -> None:
 def test_the_packages_are_listed_one_by_one() -> None:
     files = [f for top in TOPS for f in (ROOT / top).rglob("__init__.py")]
     found = [".".join(f.parent.relative_to(ROOT).parts) for f in files]
-    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+    mapped = PROJECT["tool"]["setuptools"]["package-dir"]
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted([*found, *mapped])
 
 
 def test_the_licence_is_apache_2() -> None:
@@ -102,27 +111,32 @@ def test_uv_toml_is_there_and_says_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git has or would take, under a name that Flower accepts."""
+def files() -> list[str]:
+    """What git has or would take."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for path in listed.split("\0") if path and (ROOT / path).is_file()]
+
+
+@pytest.fixture(scope="module")
+def checkout(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy under a name that Flower accepts, in which runs have left their things."""
     copy = tmp_path_factory.mktemp("checkout") / "dept-fl"
-    for path in filter(None, listed.split("\0")):
-        if (ROOT / path).is_file():
-            (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / path, copy / path)
+    for path in files:
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, copy / path)
+    leavings = ["tokenizers/ant/0123/tokenizer.model", "silos/ant/text/train.jsonl"]
+    for path in [*leavings, "dept_fl/__pycache__/config.pyc", "conf/tokenizer.model"]:
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path).write_bytes(b"x")
     return copy
 
 
 @pytest.fixture(scope="module")
 def bundle_file(checkout: Path) -> Path:
-    """What `flwr build` makes of a checkout in which runs have left their things."""
-    leavings = ["tokenizers/ant/0123/tokenizer.model", "silos/ant/text/train.jsonl"]
-    for path in [*leavings, "dept_fl/__pycache__/config.pyc", "conf/tokenizer.model"]:
-        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / path).write_bytes(b"x")
+    """What `flwr build` makes of a checkout."""
     environment = {
         **os.environ,
         "FLWR_HOME": str(checkout.parent / "flwr"),
@@ -213,3 +227,155 @@ def test_flower_would_download_everything_without_the_overrides(bundle: Path) ->
     assert table
     file.write_text(head, encoding="utf-8")
     assert sync(bundle).returncode != 0
+
+
+# ---- the distributions ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def distributions(checkout: Path) -> Path:
+    """The folder of what the build backend makes of a checkout: a wheel and a source archive."""
+    code = (
+        "from setuptools import build_meta as b; b.build_sdist('../dist'); b.build_wheel('../dist')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return checkout.parent / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (file,) = distributions.glob("*.whl")
+    return file
+
+
+def test_the_wheel_has_the_app_its_recipes_and_nothing_else(wheel: Path, files: list[str]) -> None:
+    code = {p for p in files if p.startswith(tuple(f"{top}/" for top in TOPS))}
+    beside = {p for p in files if re.fullmatch(r"pyproject\.toml|LICENSE|conf/.+\.yaml", p)}
+    about = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
+    expected = code | {f"dept_fl/project/{p}" for p in beside}
+    expected |= {f"dept_fl-{dept_fl.__version__}.dist-info/{name}" for name in about}
+    assert set(zipfile.ZipFile(wheel).namelist()) == expected
+    assert {f"{top}/py.typed" for top in TOPS} <= expected
+
+
+def test_the_source_archive_has_what_git_has(distributions: Path, files: list[str]) -> None:
+    (archive,) = distributions.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {m.name.partition("/")[2] for m in opened.getmembers() if m.isfile()}
+    made = {p for p in names if re.fullmatch(r"PKG-INFO|setup\.cfg|dept_fl\.egg-info/.+", p)}
+    assert names - made == set(files)
+
+
+@pytest.fixture(scope="module")
+def outside(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of an environment with the wheel and, below it, what this one has but for us."""
+    folder = tmp_path_factory.mktemp("outside")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "-q"]
+    subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Paths that such a file adds have no such files of their own read: no editable install.
+    (site / "below.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
+    for script in Path(sys.executable).parent.glob("fl*w*r*"):  # Flower's commands, run by this one
+        text = re.sub(r"\A#!.*", f"#!{python}", script.read_text())
+        (python.parent / script.name).write_text(text)
+        (python.parent / script.name).chmod(0o755)
+    return python.parent
+
+
+def run_outside(scripts: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "DEPT_HOME": str(cwd)}
+    return subprocess.run(
+        [str(scripts / command[0]), *command[1:]],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_installed_wheel_knows_its_recipes_and_version(outside: Path, tmp_path: Path) -> None:
+    code = "import dept_fl, dept_fl.config as c, server_app; print(dept_fl.__version__)"
+    code += "; print(c.load_recipe('conf/demo.yaml').name, c.CONF_DIR, server_app.__file__)"
+    done = run_outside(outside, tmp_path, "python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    version, name, *places = done.stdout.split()
+    assert (version, name) == (PROJECT["project"]["version"], "demo")
+    assert all(place.startswith(f"{outside.parent}/lib/") for place in places)
+
+
+def test_the_command_of_an_installed_wheel_works(outside: Path, tmp_path: Path) -> None:
+    assert "cost" in run_outside(outside, tmp_path, "dept", "--help").stdout
+    sizes = [f"--vocabulary={silo}=4096" for silo in ("cpp", "prose", "python")]
+    done = run_outside(outside, tmp_path, "dept", "cost", "conf/demo.yaml", *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
+def test_the_app_made_of_an_installed_wheel_is_that_of_the_checkout(
+    outside: Path, bundled: list[str], tmp_path: Path
+) -> None:
+    code = "from pathlib import Path; from dept_fl.local import app_folder"
+    code += "; from flwr.cli.build import build_fab_from_disk as build"
+    code += "; Path('app.fab').write_bytes(build(app_folder(Path.cwd())))"
+    done = run_outside(outside, tmp_path, "python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert sorted(zipfile.ZipFile(tmp_path / "app.fab").namelist()) == sorted(bundled)
+
+
+@pytest.mark.flower
+def test_an_installed_wheel_runs(outside: Path, tiny_file: Path, tmp_path: Path) -> None:
+    words = [str(tiny_file), "rounds=1", f"--run-dir={tmp_path / 'run'}"]
+    done = run_outside(outside, tmp_path, "dept", "run", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round 1 of 1" in done.stdout
+    assert str(ROOT) not in done.stdout + done.stderr
+    assert list((tmp_path / "flower").iterdir()) == []
+
+
+# ---- what others read ----------------------------------------------------------------------------
+
+
+def read_yaml(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_there_is_one_version() -> None:
+    assert dept_fl.__version__ == PROJECT["project"]["version"]
+    assert str(Version(dept_fl.__version__)) == dept_fl.__version__
+    assert read_yaml("CITATION.cff")["version"] == dept_fl.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{dept_fl.__version__}]" in changes
+
+
+def test_the_citation_names_the_paper() -> None:
+    citation = read_yaml("CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["license"] == PROJECT["project"]["license"]
+    (paper,) = citation["references"]
+    assert paper["authors"][0]["family-names"] == "Iacob"
+    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2410.05021"}]
+
+
+def test_the_workflow_runs_what_a_change_must_pass_on_oldest_and_newest_python() -> None:
+    (job,) = read_yaml(".github/workflows/check.yml")["jobs"].values()
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    assert "exec make check" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    range_ = SpecifierSet(PROJECT["project"]["requires-python"])
+    allowed = [f"3.{minor}" for minor in range(30) if f"3.{minor}" in range_]
+    assert job["strategy"]["matrix"]["python"] == [allowed[0], allowed[-1]]
+
+
+def test_the_hooks_before_a_commit_are_checks_of_make() -> None:
+    (local,) = read_yaml(".pre-commit-config.yaml")["repos"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for hook in local["hooks"]:
+        program, *words = hook["entry"].removeprefix(".venv/bin/").split()
+        assert " ".join([f"$(BIN)/{program}", *words[:1]]) in makefile, hook["id"]
+        assert hook["language"] == "system"
