@@ -24,6 +24,7 @@ from dept_fl.progress import Progress
 from dept_fl.report import duration, size
 from dept_fl.silo import Silo
 from dept_fl.silo_file import SiloFile, load_silo_file
+from dept_fl.story import dropped
 from dept_fl.superlink import Answer, ask_health
 from dept_fl.trial import Trial, try_step
 
@@ -144,13 +145,13 @@ class Checkup:
     def _data(self) -> Finding:
         before = _last_corpus(self._silo.folder)
         corpus = self._progress.during("reading the data", lambda: self._silo.corpus)
-        words = (
-            f"{corpus.documents:,} documents, {corpus.duplicates:,} duplicates dropped, "
-            f"{size(corpus.text_bytes)}"
-        )
+        words = f"{corpus.documents:,} documents, {dropped(corpus)}, {size(corpus.text_bytes)}"
         facts = {
             "documents": corpus.documents,
             "duplicates": corpus.duplicates,
+            "near_duplicates": corpus.near_duplicates,
+            "left_out": corpus.left_out,
+            "sources": corpus.sources,
             "bytes": corpus.text_bytes,
             "changed": before is not None and before.digest != corpus.digest,
         }

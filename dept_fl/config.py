@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -57,39 +58,41 @@ INNER_OPTIMIZERS = ("adamw", "muon")
 OUTER_OPTIMIZERS = ("average", "nesterov", "adam")
 CODECS = ("fp32", "bf16", "int8", "int4")
 MERGES = ("mean", "median", "trimmed-mean")
+# FIELD=VALUE and its like. The first sign counts: a value may have others in it.
+CONDITION = re.compile(r"(?P<field>.+?)(?P<sign>!=|>=|<=|=)(?P<value>.+)", re.DOTALL)
 SAMPLE_BY = ("auto", "document", "paragraph", "line")
 CONTENTS = ("text", "code", "docstrings")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each by its package's name
 
 
 @dataclass(frozen=True)
-class SiloConfig:
-    """A silo: where its documents come from (one of `files`, `hub`, `packages`), its tokenizer.
+class DataConfig:
+    """Where documents come from, one of `files`, `hub`, `packages`, and which of them are taken.
 
     Attributes:
-        files: paths, folders or globs of .txt, .jsonl and .parquet, compressed or not.
+        files: paths, folders or globs of .txt, .jsonl, .parquet, .csv and .tsv, compressed or not.
         validation_files: likewise, and then all of `files` is for training and these alone for
             validation; empty: a part of `files` by a digest of each document.
         hub: name of a hub data set, streamed; with `hub_config` and `hub_split`.
         hub_validation_split: the hub data set's own split for validation, in the same way.
         hub_files: which files of the hub data set make a split, SPLIT=PATTERN, where it does not
             tell itself: `validation=val.jsonl.zst`.
-        hub_where: conditions FIELD=VALUE that a row must meet, each on a field of the row, dotted
-            where it lies within another: `meta.pile_set_name=ArXiv`. What is no text is compared
-            as JSON writes it.
+        hub_where: `where` for the hub alone, and of conditions FIELD=VALUE alone.
         packages: installed distributions whose files are read; `stdlib` is Python itself.
         include: file patterns within the packages; the standard library's paths start in it.
         exclude: file patterns to leave out of those.
         content: what to take of a package file: `text` as it is, `code` without its leading
             licence comment, or the `docstrings` of Python files.
-        column: the text column of JSONL, Parquet and hub data.
+        column: the text column of data that has columns: all but .txt and packages.
+        columns: several of them instead, joined by a blank line.
+        where: conditions that a row must meet, each on a field of the row, dotted where it lies
+            within another: `meta.pile_set_name=ArXiv`, `language!=en`, `score>=0.8`, `age<=3`.
+            With `=` and `!=`, what is no text is compared as JSON writes it.
+        min_characters, max_characters: leave out documents that are shorter, or longer; 0: none.
         sample_by: what one document of a .txt file is: the whole `document`, a `paragraph` or
             a `line`; `auto` takes whole files where there are many small ones, else paragraphs.
         max_bytes: stop after this many bytes of documents; 0 takes all. Where validation has
             files or a split of its own, these are bounded by `validation_max_bytes` alone.
-        tokenizer: a SentencePiece file, a Hugging Face folder or name; empty: trained on the
-            silo's text, or the recipe's shared one.
-        vocab_size: pieces of a tokenizer that is trained; 0 takes the recipe's.
     """
 
     files: list[str] = field(default_factory=list)
@@ -105,11 +108,52 @@ class SiloConfig:
     exclude: list[str] = field(default_factory=list)
     content: str = "text"
     column: str = "text"
+    columns: list[str] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
+    min_characters: int = 0
+    max_characters: int = 0
     sample_by: str = "auto"
     encoding: str = "utf-8"
     max_bytes: int = 0
+
+
+D = TypeVar("D", bound=DataConfig)
+
+
+@dataclass(frozen=True)
+class SourceConfig(DataConfig):
+    """One of several sources of a silo's text.
+
+    Attributes:
+        weight: this over the sum of all is the source's share of the training text's bytes; 0
+            for all of them: each is read once, so that their shares are by their size.
+    """
+
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class SiloConfig(DataConfig):
+    """A silo: its documents, from a place of its own or from several `sources`; its tokenizer.
+
+    Attributes:
+        sources: by name. With weights, one that has less text than its share is read again from
+            its beginning; nothing is cut, unless by max_bytes: then a source is read up to its
+            share of that.
+        tokenizer: a SentencePiece file, a Hugging Face folder or name; empty: trained on the
+            silo's text, or the recipe's shared one.
+        vocab_size: pieces of a tokenizer that is trained; 0 takes the recipe's.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: str = ""
     vocab_size: int = 0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the training text, by the sources' names, sorted; empty where none has a weight."""
+        total = sum(source.weight for source in self.sources.values())
+        return {n: self.sources[n].weight / total for n in sorted(self.sources)} if total else {}
 
 
 @dataclass(frozen=True)
@@ -254,6 +298,9 @@ class Recipe:
             simulation, where silos queue for the machine, for each silo of the round.
         largest_delta: a silo's delta is refused if its norm is over this many times the running
             median of the norms merged before.
+        deduplicate: whether documents that came before, but for white space, are dropped.
+        near_duplicates: also those whose similarity to one before, by the words in a row that
+            they share (an estimate of the Jaccard index), is at least this; 0 drops none.
         evaluate_every: silos evaluate the body that arrives in round 1 and every so many rounds
             behind it; the final body always.
         processes: that share each step of a silo's training, one on each of its GPUs; they give
@@ -296,6 +343,7 @@ class Recipe:
     validation_max_bytes: int = 200_000
     evaluate_every: int = 1
     deduplicate: bool = True
+    near_duplicates: float = 0.0
     device: str = "auto"
     processes: int = 1
     parallel: str = "ddp"
@@ -539,16 +587,33 @@ def _assign(config: DictConfig, key: str, value: Any) -> Iterator[str]:
         yield unknown
         return
     try:
-        if key in _MAPPINGS and value in (None, {}):
+        _have_nodes(config, key)
+        if (key in _MAPPINGS or _is_sources(key)) and value in (None, {}):
             OmegaConf.update(config, key, {}, merge=False)
             return
-        if key.startswith("silos.") and (name := key.split(".")[1]) not in config.silos:
-            config.silos[name] = _writable(OmegaConf.structured(SiloConfig))
         if _is_nested(value) and not key.startswith("model.config"):
             raise ValidationError  # which OmegaConf lets through in a list[str]
         OmegaConf.update(config, key, value, force_add=True)
     except (OmegaConfBaseException, RecursionError):
         yield f"{key}={value!r}: must be {_expected(key)}"
+
+
+def _have_nodes(config: DictConfig, key: str) -> None:
+    """The silo, and the source of it, that a setting is of."""
+    first, *rest = key.split(".")
+    if first != "silos" or len(rest) < 2:
+        return
+    if rest[0] not in config.silos:
+        config.silos[rest[0]] = _writable(OmegaConf.structured(SiloConfig))
+    sources = config.silos[rest[0]].sources
+    if rest[1] == "sources" and len(rest) > 2 and rest[2] not in sources:
+        sources[rest[2]] = _writable(OmegaConf.structured(SourceConfig))
+
+
+def _is_sources(key: str) -> bool:
+    """Whether this is the setting that holds a silo's sources."""
+    first, *rest = key.split(".")
+    return first == "silos" and rest[1:] == ["sources"]
 
 
 def _is_nested(value: Any) -> bool:
@@ -582,6 +647,7 @@ _EXPECTED = {
     "list[str]": "a list, such as [a, b]",
     "list[float]": "a list of numbers, such as [0.9, 0.95]",
     "dict[str, SiloConfig]": "a mapping of silos by name",
+    "dict[str, SourceConfig]": "a mapping of sources by name, such as {web: {files: ['*.txt']}}",
     "dict[str, Any]": "a mapping of settings",
 }
 
@@ -596,7 +662,8 @@ def _expected(key: str) -> str:
     owner: type[Any] = Recipe
     name = first
     if first == "silos" and rest:
-        owner, name = SiloConfig, rest[-1]
+        owner = SourceConfig if rest[1] == "sources" and len(rest) > 2 else SiloConfig
+        name = rest[-1]
     elif first in _GROUPS:
         owner, name = _GROUPS[first], rest[0]
     kind = next(str(f.type) for f in fields(owner) if f.name == name)
@@ -638,21 +705,25 @@ def _hint(path: str) -> str:
 
 
 def _unknown_in_silos(key: str, rest: list[str]) -> str:
-    known = _names(SiloConfig)
+    what, example, owner = "silo", "files: ['data/*.txt']", _names(SiloConfig)
+    if len(rest) > 2 and rest[1] == "sources":
+        if not SILO_NAME.fullmatch(rest[0]):
+            return _bad_name(f"silos.{rest[0]}", rest[0], what)
+        what, owner, rest = "source", _names(SourceConfig), rest[2:]
     if len(rest) == 1:
-        return f"{key}: a silo needs a mapping, such as {{files: ['data/*.txt']}}"
+        return f"{key}: a {what} needs a mapping, such as {{{example}}}"
     name, setting = ".".join(rest[:-1]), rest[-1]
-    if setting in known:
-        return "" if SILO_NAME.fullmatch(name) else _bad_silo_name(name)
-    close = difflib.get_close_matches(rest[1], known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-    return f"{key}: no such setting of a silo{hint}"
+    if setting in owner:
+        return "" if SILO_NAME.fullmatch(name) else _bad_name(key.rpartition(".")[0], name, what)
+    close = difflib.get_close_matches(rest[1], owner, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(owner)}"
+    return f"{key}: no such setting of a {what}{hint}"
 
 
-def _bad_silo_name(name: str) -> str:
+def _bad_name(key: str, name: str, what: str) -> str:
     quote = "; quote a name that YAML takes for true or false" if name in ("True", "False") else ""
     return (
-        f"silos.{name}: a silo's name has lower-case letters, digits, '-' and '_' only, "
+        f"{key}: a {what}'s name has lower-case letters, digits, '-' and '_' only, "
         f"at most 64, and starts with a letter or digit{quote}"
     )
 
@@ -680,6 +751,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if not isinstance(kind, str) or not kind:
         yield "model: set model.preset (a file of conf/models) or model.config.model_type"
     yield from _shares(recipe)
+    if recipe.near_duplicates and not recipe.deduplicate:
+        yield (
+            f"near_duplicates={recipe.near_duplicates} with deduplicate=false: copies would stay "
+            "and what is nearly one go; set deduplicate=true, or near_duplicates=0"
+        )
     if recipe.inner.warmup_steps > recipe.total_steps > 0:
         yield (
             f"inner.warmup_steps={recipe.inner.warmup_steps}: longer than the whole schedule of "
@@ -779,6 +855,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     for key, number, high in from_zero:
         if not 0.0 <= number <= high:
             yield f"{key}={number}: must be from 0 to {high:g}"
+    if recipe.near_duplicates and not 0.5 <= recipe.near_duplicates <= 1.0:
+        yield f"near_duplicates={recipe.near_duplicates}: must be 0, or from 0.5 to 1"
     if not 1.0 <= recipe.patience <= 1e6:
         yield f"patience={recipe.patience}: must be from 1 to 1e+06"
     momentum = recipe.outer.momentum
@@ -799,7 +877,7 @@ def _silos(recipe: Recipe) -> Iterator[str]:
             if recipe.silos and name not in recipe.silos:
                 yield f"{key}={name!r}: no such silo; silos: {', '.join(sorted(recipe.silos))}"
             elif not SILO_NAME.fullmatch(name):
-                yield _bad_silo_name(name)
+                yield _bad_name(f"silos.{name}", name, "silo")
         if len(set(names)) < len(names):
             yield f"{key}={list(names)}: names a silo twice; name each once"
     if recipe.silos and not recipe.silo_names:
@@ -811,28 +889,70 @@ def _silos(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def source_problems(source: SiloConfig) -> Iterator[str]:
-    """Problems of one silo's data source, each a line that starts with the setting's name."""
-    kinds = [key for key in ("files", "hub", "packages") if getattr(source, key)]
+def source_problems(silo: SiloConfig) -> Iterator[str]:
+    """Problems of one silo's data, each a line that starts with the setting's name."""
+    kinds = [key for key in ("files", "hub", "packages", "sources") if getattr(silo, key)]
     if len(kinds) != 1:
-        yield f": set exactly one of files, hub, packages (set: {', '.join(kinds) or 'none'})"
+        given = ", ".join(kinds) or "none"
+        yield f": set exactly one of files, hub, packages, sources (set: {given})"
+    yield from _data_problems(silo)
+    if silo.sources:
+        yield from _sources_problems(silo)
+    if silo.vocab_size and silo.vocab_size < LEAST_PIECES:
+        yield f".vocab_size={silo.vocab_size}: must be at least {LEAST_PIECES}, or 0"
+
+
+def _sources_problems(silo: SiloConfig) -> Iterator[str]:
+    plain = DataConfig(files=silo.files, hub=silo.hub, packages=silo.packages)
+    for key in _names(DataConfig):
+        if key != "max_bytes" and (given := getattr(silo, key)) != getattr(plain, key):
+            yield f".{key}={given!r}: belongs to a source; move it to sources.NAME.{key}"
+    for name, source in sorted(silo.sources.items()):
+        kinds = [key for key in ("files", "hub", "packages") if getattr(source, key)]
+        if len(kinds) != 1:
+            given = ", ".join(kinds) or "none"
+            yield f".sources.{name}: set exactly one of files, hub, packages (set: {given})"
+        yield from (f".sources.{name}{problem}" for problem in _data_problems(source))
+        if not 0.0 <= source.weight <= 1e6:
+            yield f".sources.{name}.weight={source.weight}: must be from 0 to 1e+06"
+    without = sorted(name for name, source in silo.sources.items() if not source.weight)
+    if 0 < len(without) < len(silo.sources):
+        yield (
+            f".sources.{without[0]}.weight=0.0: other sources have one; give all a weight, or none"
+        )
+    elif without and silo.max_bytes:
+        yield (
+            f".max_bytes={silo.max_bytes}: of which source? give each a weight, or a max_bytes of "
+            "its own"
+        )
+
+
+def _data_problems(source: DataConfig) -> Iterator[str]:
     if source.content not in CONTENTS:
         yield f".content={source.content!r}: must be one of {', '.join(CONTENTS)}"
     if source.sample_by not in SAMPLE_BY:
         yield f".sample_by={source.sample_by!r}: must be one of {', '.join(SAMPLE_BY)}"
     yield from _misplaced(source)
     yield from _hub_problems(source)
+    yield from _where_problems(source)
     if "" in (*source.files, *source.validation_files, *source.packages):
         yield ": an empty path or package name; fill it in or remove it"
     if not _is_encoding(source.encoding):
         yield f".encoding={source.encoding!r}: no such text encoding; utf-8 is the usual one"
-    if source.max_bytes < 0:
-        yield f".max_bytes={source.max_bytes}: must be at least 0 (0 = all)"
-    if source.vocab_size and source.vocab_size < LEAST_PIECES:
-        yield f".vocab_size={source.vocab_size}: must be at least {LEAST_PIECES}, or 0"
+    for key in ("min_characters", "max_characters", "max_bytes"):
+        if getattr(source, key) < 0:
+            yield f".{key}={getattr(source, key)}: must be at least 0 (0 = {_NO_LIMIT[key]})"
+    if 0 < source.max_characters < source.min_characters:
+        yield (
+            f".min_characters={source.min_characters}: above max_characters="
+            f"{source.max_characters}, so that no document is left"
+        )
 
 
-def _misplaced(source: SiloConfig) -> Iterator[str]:
+_NO_LIMIT = {"min_characters": "none", "max_characters": "none", "max_bytes": "all"}
+
+
+def _misplaced(source: DataConfig) -> Iterator[str]:
     for key, owner in (
         ("validation_files", "files"),
         ("hub_validation_split", "hub"),
@@ -841,9 +961,32 @@ def _misplaced(source: SiloConfig) -> Iterator[str]:
     ):
         if getattr(source, key) and not getattr(source, owner):
             yield f".{key}={getattr(source, key)!r}: only together with {owner}; remove it"
+    for key in ("columns", "where"):
+        if getattr(source, key) and source.packages:
+            yield f".{key}={getattr(source, key)!r}: only together with files or hub; remove it"
 
 
-def _hub_problems(source: SiloConfig) -> Iterator[str]:
+def _where_problems(source: DataConfig) -> Iterator[str]:
+    for condition in source.where:
+        found = CONDITION.fullmatch(condition)
+        if not found:
+            yield (
+                f".where: {condition!r} is no FIELD=VALUE, FIELD!=VALUE, FIELD>=NUMBER or "
+                "FIELD<=NUMBER, such as language=fr or score>=0.8"
+            )
+        elif found["sign"] in (">=", "<=") and not is_number(found["value"]):
+            yield f".where: {condition!r}: {found['value']!r} is no number; write one, such as 0.8"
+
+
+def is_number(text: str) -> bool:
+    """Whether this can be told to be more or less than another."""
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False
+
+
+def _hub_problems(source: DataConfig) -> Iterator[str]:
     for key, form, example in (
         ("hub_files", "SPLIT=PATTERN", "validation=val.jsonl.zst"),
         ("hub_where", "FIELD=VALUE", "meta.pile_set_name=ArXiv"),
@@ -874,15 +1017,22 @@ def absolute(path: str, folder: Path) -> str:
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     silos = {
         name: replace(
-            source,
-            files=[absolute(f, folder) for f in source.files],
-            validation_files=[absolute(f, folder) for f in source.validation_files],
-            tokenizer=path_if_there(source.tokenizer, folder),
+            _with_paths(silo, folder),
+            sources={n: _with_paths(source, folder) for n, source in silo.sources.items()},
+            tokenizer=path_if_there(silo.tokenizer, folder),
         )
-        for name, source in recipe.silos.items()
+        for name, silo in recipe.silos.items()
     }
     shared = path_if_there(recipe.shared_tokenizer, folder)
     return replace(recipe, silos=silos, shared_tokenizer=shared)
+
+
+def _with_paths(source: D, folder: Path) -> D:
+    return replace(
+        source,
+        files=[absolute(f, folder) for f in source.files],
+        validation_files=[absolute(f, folder) for f in source.validation_files],
+    )
 
 
 def path_if_there(name: str, folder: Path) -> str:

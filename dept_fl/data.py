@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,9 @@ import numpy.typing as npt
 import torch
 
 from dept_fl.checkpoint import whole_folder
-from dept_fl.config import Recipe, SiloConfig
+from dept_fl.config import DataConfig, Recipe, SiloConfig
 from dept_fl.errors import DeptError
+from dept_fl.near import NearCopies
 from dept_fl.sources import (
     documents,
     has_own_validation,
@@ -39,6 +41,7 @@ _BATCH_CHARACTERS = 1 << 18  # two batches a thread are in memory
 # Up to the last place where the pieces of our tokenizers, and of the usual byte-level ones, end.
 _TO_SAFE_CUT = re.compile(r".*(?:\S\n(?=\S)|\S(?= \S))", re.DOTALL)
 _JSON = json.JSONEncoder(ensure_ascii=False)
+_MOST_PASSES = 100  # over a source; more of them mean a weight that nobody meant
 
 
 def unwatched(texts: Iterator[str]) -> Iterator[str]:
@@ -50,7 +53,15 @@ def unwatched(texts: Iterator[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A silo's cleaned documents in `folder`, as train.jsonl and validation.jsonl."""
+    """A silo's cleaned documents in `folder`, as train.jsonl and validation.jsonl.
+
+    Attributes:
+        duplicates: documents dropped as copies of others; near_duplicates: those among them that
+            were only nearly the same.
+        left_out: rows and documents that its settings do not take: `where`, `length`.
+        sources: of several, by name; each with its `documents` and `bytes` of training text, the
+            `passes` over them, and its `validation_documents` and `validation_bytes`.
+    """
 
     folder: Path
     digest: str
@@ -59,6 +70,9 @@ class Corpus:
     validation_documents: int
     validation_bytes: int
     duplicates: int
+    near_duplicates: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def documents(self) -> int:
@@ -85,20 +99,25 @@ class Corpus:
                     yield json.loads(line)
 
     def training_sample(self, at_most_bytes: int) -> Iterator[str]:
-        """Every n-th training document, so many that they hold about this much, and no more."""
-        stride = -(-self.train_bytes // at_most_bytes)
-        left = at_most_bytes
-        for i, text in enumerate(self.texts("train")):
-            if i % stride == 0:
-                head = text.encode()[:left].decode(errors="ignore")
-                left -= len(text.encode())
-                yield head
-            if left <= 0:
-                return
+        """A sample spread over all training documents, of about this much, and no more."""
+        return spread(self.texts("train"), self.train_bytes, at_most_bytes)
+
+
+def spread(texts: Iterable[str], text_bytes: int, at_most_bytes: int) -> Iterator[str]:
+    """Every n-th of texts of so many bytes, so many that they hold about this much, and no more."""
+    stride = -(-text_bytes // at_most_bytes)
+    left = at_most_bytes
+    for i, text in enumerate(texts):
+        if i % stride == 0:
+            head = text.encode()[:left].decode(errors="ignore")
+            left -= len(text.encode())
+            yield head
+        if left <= 0:
+            return
 
 
 def load_corpus(
-    silo: str, source: SiloConfig, recipe: Recipe, parent: Path, watch: Watch = unwatched
+    silo: str, config: SiloConfig, recipe: Recipe, parent: Path, watch: Watch = unwatched
 ) -> Corpus:
     """The silo's corpus from its cache, made at first use.
 
@@ -106,60 +125,100 @@ def load_corpus(
     tokenizer is validated on the same text. Where the source names documents for validation,
     all others are for training but those that are in validation too.
 
+    Several sources are read into a corpus each, and these are mixed: so another weight, or one
+    more source, does not cost the reading of those that are there.
+
     Args:
         watch: sees the documents as they are read.
     """
-    folder = corpus_folder(source, recipe, parent)
+    folder = corpus_folder(config, recipe, parent)
     if not folder.is_dir():
+        parts = _corpora(silo, config, recipe, parent / "sources", watch)
         with whole_folder(folder) as draft:
-            facts = _write_corpus(silo, source, recipe, draft, watch)
-            (draft / "corpus.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            if parts:
+                facts = _write_mixture(silo, config, parts, recipe, draft)
+            else:
+                facts = _write_corpus(silo, config, recipe, draft, watch)
+            _check_splits(silo, config, facts, recipe)
+            _write_facts(draft, facts)
+    return _corpus_in(folder)
+
+
+def _corpora(
+    silo: str, config: SiloConfig, recipe: Recipe, parent: Path, watch: Watch
+) -> dict[str, Corpus]:
+    """A corpus of each source, by their names, sorted."""
+    shares = config.shares
+    exact = replace(recipe, near_duplicates=0.0)  # what is nearly the same is found in the mixture
+    parts = {}
+    for name, source in sorted(config.sources.items()):
+        if config.max_bytes:
+            share_bytes = math.ceil(shares[name] * config.max_bytes)
+            source = replace(source, max_bytes=min(source.max_bytes or share_bytes, share_bytes))
+        folder = corpus_folder(source, exact, parent)
+        if not folder.is_dir():
+            with whole_folder(folder) as draft:
+                owner = f"{silo}.sources.{name}"
+                _write_facts(draft, _write_corpus(owner, source, exact, draft, watch))
+        parts[name] = _corpus_in(folder)
+    return parts
+
+
+def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    (folder / "corpus.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _corpus_in(folder: Path) -> Corpus:
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     return Corpus(folder=folder, **facts)
 
 
-def corpus_folder(source: SiloConfig, recipe: Recipe, parent: Path) -> Path:
+def corpus_folder(source: DataConfig, recipe: Recipe, parent: Path) -> Path:
     """Where the corpus of these documents, split this way, is kept once it is made."""
     return parent / source_key(source, recipe)
 
 
 def _write_corpus(
-    silo: str, source: SiloConfig, recipe: Recipe, folder: Path, watch: Watch
+    owner: str, source: DataConfig, recipe: Recipe, folder: Path, watch: Watch
 ) -> dict[str, Any]:
-    with _CorpusWriter(folder, recipe.validation_max_bytes) as writer:
+    left_out: Counter[str] = Counter()
+    with _CorpusWriter(folder, recipe) as writer:
+        texts = watch(documents(owner, source, left_out))
         if has_own_validation(source):
-            validation = watch(validation_documents(silo, source))
-            _split_as_given(validation, watch(documents(silo, source)), recipe, writer)
+            validation = watch(validation_documents(owner, source, left_out))
+            _split_as_given(validation, texts, recipe, writer)
         else:
-            _split_by_digest(watch(documents(silo, source)), recipe, writer)
-    _check_corpus(silo, source, writer.counts, recipe)
-    return {**writer.counts, "duplicates": writer.duplicates, "digest": writer.digest()}
+            _split_by_digest(texts, recipe, writer)
+    facts = {**writer.facts(), "left_out": dict(left_out)}
+    if not facts["train_documents"] + facts["validation_documents"]:
+        raise DeptError(f"silo {owner}: {_why_no_text(owner, left_out)}")
+    return facts
 
 
 def _split_by_digest(texts: Iterator[str], recipe: Recipe, writer: _CorpusWriter) -> None:
     for text in texts:
         key = _identity(text)
-        if writer.is_copy(key):
+        if writer.is_copy(key, text):
             continue
         chosen = int.from_bytes(key) < recipe.validation_fraction * 2**64
         if recipe.deduplicate or chosen:  # a copy must never be on the other side
-            writer.remember(key)
+            writer.remember(key, text)
         writer.add("validation" if chosen and writer.fits(text) else "train", text)
 
 
 def _split_as_given(
-    validation: Iterator[str], train: Iterator[str], recipe: Recipe, writer: _CorpusWriter
+    validation: Iterable[str], train: Iterable[str], recipe: Recipe, writer: _CorpusWriter
 ) -> None:
     for text in validation:
         key = _identity(text)
-        if not writer.is_copy(key) and writer.fits(text):
-            writer.remember(key)
+        if not writer.is_copy(key, text) and writer.fits(text):
+            writer.remember(key, text)
             writer.add("validation", text)
     for text in train:
         key = _identity(text)
-        if not writer.is_copy(key):  # of a training document, or of one kept for validation
+        if not writer.is_copy(key, text):  # of a training document, or of one kept for validation
             if recipe.deduplicate:
-                writer.remember(key)
+                writer.remember(key, text)
             writer.add("train", text)
 
 
@@ -167,14 +226,86 @@ def _identity(text: str) -> bytes:
     return short_digest(" ".join(text.split()))
 
 
+# ---- several sources ----------------------------------------------------------------------
+
+
+def _write_mixture(
+    silo: str, config: SiloConfig, parts: Mapping[str, Corpus], recipe: Recipe, folder: Path
+) -> dict[str, Any]:
+    """One corpus of several, of which each has its share of the bytes of either split.
+
+    A source has the validation documents that come first and fit into its share of
+    validation_max_bytes; its others are for training, unless it names those for validation.
+    """
+    all_bytes = sum(part.text_bytes for part in parts.values())
+    shares = config.shares or {n: part.text_bytes / all_bytes for n, part in parts.items()}
+    kept = {n: _fitting(p, int(shares[n] * recipe.validation_max_bytes)) for n, p in parts.items()}
+    facts: dict[str, dict[str, float]] = {name: {} for name in parts}
+    spans = {}
+    with _CorpusWriter(folder, recipe) as writer:
+        for name, part in parts.items():
+            before = dict(writer.counts)
+            _split_as_given(islice(part.texts("validation"), kept[name]), (), recipe, writer)
+            for key in ("validation_documents", "validation_bytes"):
+                facts[name][key] = writer.counts[key] - before[key]
+        for name, part in parts.items():
+            before, start = dict(writer.counts), writer.place
+            own = has_own_validation(config.sources[name])
+            rest = () if own else islice(part.texts("validation"), kept[name], None)
+            _split_as_given((), chain(rest, part.texts("train")), recipe, writer)
+            for key in ("documents", "bytes"):
+                facts[name][key] = writer.counts[f"train_{key}"] - before[f"train_{key}"]
+            facts[name]["passes"] = 1.0
+            spans[name] = (start, writer.place)
+        if config.shares:
+            for name, more_bytes in _to_shares(silo, config.shares, facts).items():
+                added = writer.again(*spans[name], more_bytes)
+                facts[name]["passes"] += added / facts[name]["bytes"]
+    left_out = sum((Counter(part.left_out) for part in parts.values()), Counter())
+    written = writer.facts()
+    written["duplicates"] += sum(part.duplicates for part in parts.values())
+    return {**written, "left_out": dict(left_out), "sources": facts}
+
+
+def _fitting(part: Corpus, most_bytes: int) -> int:
+    """How many of its validation documents, from the first on, are no more bytes together."""
+    sizes = (len(text.encode()) for text in part.texts("validation"))
+    return sum(1 for _ in takewhile(lambda total: total <= most_bytes, accumulate(sizes)))
+
+
+def _to_shares(
+    silo: str, shares: Mapping[str, float], facts: Mapping[str, Mapping[str, float]]
+) -> dict[str, int]:
+    """How many more bytes each source needs, for its share beside one that is read just once."""
+    for name, own in facts.items():
+        if not own["bytes"]:
+            raise DeptError(
+                f"silo {silo}.sources.{name}: no text for training that no other source has; "
+                "remove this source"
+            )
+    total = max(facts[name]["bytes"] / share for name, share in shares.items())
+    for name, share in shares.items():
+        passes = share * total / facts[name]["bytes"]
+        if passes > _MOST_PASSES:
+            raise DeptError(
+                f"silo {silo}.sources.{name}: its {facts[name]['bytes']:,} bytes would be read "
+                f"{passes:,.0f} times for a share of {share:.1%}; at most {_MOST_PASSES} do: lower "
+                f"silos.{silo}.sources.{name}.weight, or set silos.{silo}.max_bytes"
+            )
+    return {
+        name: round(share * total) - int(facts[name]["bytes"]) for name, share in shares.items()
+    }
+
+
 class _CorpusWriter:
     """Writes both splits, counts what is in them, and knows what to drop as a copy."""
 
-    def __init__(self, folder: Path, validation_max_bytes: int) -> None:
-        self._folder, self._validation_max_bytes = folder, validation_max_bytes
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self._folder, self._validation_max_bytes = folder, recipe.validation_max_bytes
         self._known: set[bytes] = set()
+        self._near = NearCopies(recipe.near_duplicates) if recipe.near_duplicates else None
         self._digest = hashlib.sha256()
-        self.duplicates = 0
+        self._duplicates = self._near_duplicates = 0
         self.counts = dict.fromkeys(
             ("train_documents", "train_bytes", "validation_documents", "validation_bytes"), 0
         )
@@ -188,13 +319,18 @@ class _CorpusWriter:
         self._train.close()
         self._validation.close()
 
-    def is_copy(self, key: bytes) -> bool:
+    def is_copy(self, key: bytes, text: str) -> bool:
         """Whether this is a document to drop, which is then counted."""
-        self.duplicates += key in self._known
-        return key in self._known
+        same = key in self._known
+        near = not same and self._near is not None and self._near.has(text)
+        self._duplicates += same or near
+        self._near_duplicates += near
+        return same or near
 
-    def remember(self, key: bytes) -> None:
+    def remember(self, key: bytes, text: str) -> None:
         self._known.add(key)
+        if self._near is not None:
+            self._near.add(text)
 
     def fits(self, text: str) -> bool:
         """Whether the validation split has room for it."""
@@ -208,20 +344,54 @@ class _CorpusWriter:
         self.counts[f"{split}_documents"] += 1
         self.counts[f"{split}_bytes"] += len(text.encode())
 
-    def digest(self) -> str:
-        return self._digest.hexdigest()
+    @property
+    def place(self) -> int:
+        """Bytes of the training split's file so far."""
+        return self._train.tell()
+
+    def again(self, start: int, end: int, more_bytes: int) -> int:
+        """Add the training documents between two places again, in order, for so many bytes more.
+
+        Returns:
+            how many they are, to the end of a document.
+        """
+        self._train.flush()
+        before = self.counts["train_bytes"]
+        with (self._folder / "train.jsonl").open("rb") as stream:
+            stream.seek(start)
+            while self.counts["train_bytes"] - before < more_bytes:
+                if stream.tell() == end:
+                    stream.seek(start)
+                self.add("train", json.loads(stream.readline()))
+        return self.counts["train_bytes"] - before
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            **self.counts,
+            "duplicates": self._duplicates,
+            "near_duplicates": self._near_duplicates,
+            "digest": self._digest.hexdigest(),
+        }
 
 
-def _check_corpus(silo: str, source: SiloConfig, counts: Mapping[str, int], recipe: Recipe) -> None:
-    total = counts["train_documents"] + counts["validation_documents"]
-    if total == 0:
-        raise DeptError(f"silo {silo}: no text in its data; check silos.{silo}")
+def _why_no_text(owner: str, left_out: Mapping[str, int]) -> str:
+    if not left_out:
+        return f"no text in its data; check silos.{owner}"
+    counts = ", ".join(f"{count:,} by {name}" for name, count in sorted(left_out.items()))
+    return (
+        f"its conditions leave out all of its documents ({counts}); change where, or "
+        f"min_characters and max_characters, of silos.{owner}"
+    )
+
+
+def _check_splits(silo: str, source: DataConfig, counts: Mapping[str, Any], recipe: Recipe) -> None:
     empty = [split for split in ("train", "validation") if not counts[f"{split}_documents"]]
     if not empty:
         return
     if has_own_validation(source):
         own = "validation_files" if source.validation_files else "hub_validation_split"
         raise DeptError(f"silo {silo}: {_why_empty(empty[0], f'silos.{silo}.{own}', recipe)}")
+    total = counts["train_documents"] + counts["validation_documents"]
     raise DeptError(
         f"silo {silo}: none of its {total} documents fell into the {empty[0]} split; give "
         f"more or smaller documents (for .txt, silos.{silo}.sample_by=paragraph or line), "
@@ -343,7 +513,7 @@ def lossy_documents(corpus: Corpus, tokenizer: Tokenizer) -> int:
         encoded = tokenizer.encode(texts)
         return sum(tokenizer.decode(i) != t for i, t in zip(encoded, texts, strict=True))
 
-    return sum(_in_order(lossy, _batches(corpus.texts("validation"), separable=False)))
+    return sum(in_order(lossy, text_batches(corpus.texts("validation"))))
 
 
 def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[np.int32]]:
@@ -356,10 +526,10 @@ def _packed(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[npt.NDArray[
         return np.concatenate([ids for part, last in encoded for ids in (part, end)[: 1 + last]])
 
     yield end
-    yield from _in_order(encode, _batches(texts, _separable(tokenizer)))
+    yield from in_order(encode, text_batches(texts, _separable(tokenizer)))
 
 
-def _in_order(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+def in_order(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
     """The results of threads, in the items' order; few items are taken before theirs are due.
 
     As many threads as PyTorch would take: OMP_NUM_THREADS, which Ray sets to a simulated silo's
@@ -377,7 +547,8 @@ def _in_order(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
             yield pending.popleft().result()
 
 
-def _batches(texts: Iterable[str], separable: bool) -> Iterator[Batch]:
+def text_batches(texts: Iterable[str], separable: bool = False) -> Iterator[Batch]:
+    """Texts in batches of bounded length; `separable` ones in parts, each with its own ids."""
     batch: list[str] = []
     ends: list[bool] = []
     characters = 0

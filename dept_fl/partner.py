@@ -109,7 +109,7 @@ def new_silo(order: Order, progress: Progress) -> NewSilo:
 
 def _prepared(order: Order, progress: Progress) -> NewSilo:
     settings = _settings(order)
-    if not order.column:
+    if not order.column and not order.more.get("sources"):
         file = _opened(order, settings)
         settings |= progress.during("looking at the data", lambda: _text_column(file))
     silo = _silo(_opened(order, settings), progress)
@@ -161,8 +161,8 @@ def _check(order: Order) -> None:
             f"NAME={order.name!r}: must be lower-case letters, digits, '-' and '_', at most 64, "
             "and start with a letter or digit"
         )
-    sources = [bool(order.data), bool(order.hub), bool(order.more.get("packages"))]
-    if sum(sources) != 1:
+    others = [bool(order.more.get(key)) for key in ("packages", "sources")]
+    if sum([bool(order.data), bool(order.hub), *others]) != 1:
         raise DeptError(
             "give the silo's text in one way: either --data 'texts/*.jsonl' (repeatable), or "
             "--hub NAME"

@@ -57,6 +57,7 @@ from dept_fl.model import (
 )
 from dept_fl.parallel import Workers
 from dept_fl.tokenizer import (
+    MODEL_FILE,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
@@ -601,7 +602,7 @@ def _tokenizer_key(corpora: list[Corpus], pieces: int, recipe: Recipe) -> str:
 
 
 def _tokenizer_file(owner: str, key: str, home: Path) -> Path:
-    return home / "tokenizers" / owner / key / "tokenizer.model"
+    return home / "tokenizers" / owner / key / MODEL_FILE
 
 
 def _trained_tokenizer(

@@ -30,6 +30,7 @@ _LOCAL = {
     "validation_fraction": "validation_fraction",
     "validation_max_bytes": "validation_max_bytes",
     "deduplicate": "deduplicate",
+    "near_duplicates": "near_duplicates",
     "device": "device",
     "processes": "processes",
     "parallel": "parallel",
@@ -43,7 +44,7 @@ KEYS = ["name", "home", *_SOURCE, *_LOCAL, "share_embeddings"]
 _WORDS = {
     "name": "under which the federation knows this silo",
     "home": "where its cleaned text, tokenizer, embeddings and state lie",
-    "files": "files, folders, patterns: .txt, .jsonl, .parquet, compressed too",
+    "files": "files, folders, patterns: .txt, .jsonl, .parquet, .csv, compressed",
     "validation_files": "those for validation; none: a part of files",
     "hub": "a hub data set, streamed, instead of files",
     "hub_config": "of the hub data set",
@@ -55,14 +56,20 @@ _WORDS = {
     "include": "patterns of the files in the packages",
     "exclude": "patterns of files to leave out",
     "content": "of those files: text, code (without licences), docstrings",
-    "column": "that holds the text in .jsonl, .parquet and hub data",
+    "column": "that holds the text in .jsonl, .parquet, .csv and hub data",
+    "columns": "several instead, joined by a blank line",
+    "where": "take rows alone with [FIELD=VALUE, score>=0.8, ...]",
+    "min_characters": "leave out shorter documents",
+    "max_characters": "leave out longer documents; 0: none",
     "sample_by": "what a .txt file is cut into: document, paragraph, line, auto",
     "encoding": "of .txt and .jsonl files",
     "max_bytes": "stop after so many bytes of documents; 0: take all",
+    "sources": "several instead, by name, each with settings as above and a weight",
     "tokenizer": "one to adopt: SentencePiece .model, Hugging Face folder or name",
     "vocab_size": "pieces of the tokenizer that is trained on this text",
     "tokenizer_train_bytes": "how much of the text it is trained on",
     "deduplicate": "drop documents that came before",
+    "near_duplicates": "and those so similar to one before, such as 0.8; 0: none",
     "validation_fraction": "share of the documents kept for validation",
     "validation_max_bytes": "but no more than so much text",
     "device": "auto, cpu or cuda",
@@ -136,6 +143,7 @@ class SiloFile:
         silo = f"silos.{self.name}"
         for head in (f"{silo}: ", f"silo {self.name}: "):
             problem = problem.removeprefix(head)
+        problem = problem.replace(f"silo {self.name}.", "")  # a source of it
         problem = problem.replace(f"{silo}.", "")
         return re.sub(rf"\b{re.escape(silo)}\b", "its data", problem)
 
@@ -238,16 +246,26 @@ def _settings(name: str, given: Mapping[str, Any], folder: Path) -> dict[str, An
     for key in _SOURCE:
         if key in given:
             settings[f"silos.{name}.{key}"] = given[key]
-    for files in (f"silos.{name}.files", f"silos.{name}.validation_files"):
-        if isinstance(settings.get(files), str):
-            settings[files] = [settings[files]]
-        if isinstance(settings.get(files), list):
+    sources = settings.get(f"silos.{name}.sources")
+    if isinstance(sources, Mapping):
+        del settings[f"silos.{name}.sources"]
+        for source, own in sources.items():
+            at = f"silos.{name}.sources.{source}"
+            settings |= {f"{at}.{k}": v for k, v in own.items()} if _is_some(own) else {at: own}
+    return {key: _placed(key.rpartition(".")[2], value, folder) for key, value in settings.items()}
+
+
+def _is_some(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and bool(settings)
+
+
+def _placed(key: str, value: Any, folder: Path) -> Any:
+    """The value of a setting, with its paths relative to the folder."""
+    if key in ("files", "validation_files"):
+        value = [value] if isinstance(value, str) else value
+        if isinstance(value, list):
             # An empty one would be the folder itself; what is no text is told with the others.
-            settings[files] = [
-                absolute(each, folder) if each and isinstance(each, str) else each
-                for each in settings[files]
-            ]
-    for key in (f"silos.{name}.tokenizer", f"silos.{name}.hub"):
-        if isinstance(settings.get(key), str):
-            settings[key] = path_if_there(settings[key], folder)
-    return settings
+            return [absolute(f, folder) if f and isinstance(f, str) else f for f in value]
+    if key in ("tokenizer", "hub") and isinstance(value, str):
+        return path_if_there(value, folder)
+    return value

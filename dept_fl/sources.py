@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import bz2
 import codecs
+import csv
 import fnmatch
 import glob
 import gzip
@@ -13,6 +14,7 @@ import inspect
 import io
 import json
 import lzma
+import math
 import os
 import platform
 import re
@@ -20,22 +22,31 @@ import shutil
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from dept_fl.config import Recipe, SiloConfig
+from dept_fl.config import CONDITION, DataConfig, Recipe, SiloConfig, is_number
 from dept_fl.errors import DeptError
 
-_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FORMATS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 _MANY_FILES = 20
 _SMALL_FILE_BYTES = 8 << 20
 _PARAGRAPH_CHARACTERS = 64 << 20  # a longer one means a file without blank lines
+_MOST_FIELD_CHARACTERS = 64 << 20  # of .csv; a longer one means a quote that is never closed
 _HEAD_ROWS = 100  # that tell which columns hold text
 _NOT_STANDARD_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # an escape in a string literal can write one
@@ -47,31 +58,43 @@ _LEADING_COMMENTS = re.compile(
 Found = tuple[str, str]  # where a document lies, for errors, and its text
 
 
-def documents(silo: str, source: SiloConfig) -> Iterator[str]:
+def documents(silo: str, source: DataConfig, left_out: Counter[str] | None = None) -> Iterator[str]:
     """The source's documents, unchanged but for empty ones, which are left out.
 
     Line ends of .txt and package files come as "\\n", whatever they were.
 
+    Args:
+        silo: named in errors; of several sources SILO.sources.NAME.
+        left_out: counts rows and documents that are not taken, for `where` or for their `length`.
+
     Raises:
         DeptError: naming the silo and the mend, for data that is missing or unreadable.
     """
-    readers = {"files": _from_files, "hub": _from_hub, "packages": _from_packages}
-    kind = next(key for key in readers if getattr(source, key))
-    found = ((place, text, "") for place, text in readers[kind](silo, source))
-    yield from (text for text, _ in _taken(silo, source, found))
+    left_out = Counter() if left_out is None else left_out
+    found = ((place, text, "") for place, text in _found(silo, source, left_out))
+    yield from (text for text, _ in _taken(silo, source, found, left_out))
 
 
-def labelled_documents(silo: str, source: SiloConfig, labels: str) -> Iterator[tuple[str, str]]:
+def _found(silo: str, source: DataConfig, left_out: Counter[str]) -> Iterator[Found]:
+    if source.packages:
+        yield from _from_packages(silo, source)
+    elif source.files:
+        yield from _from_files(silo, source, left_out)
+    else:
+        yield from _from_rows(silo, source, _hub_rows(silo, source), left_out)
+
+
+def labelled_documents(silo: str, source: DataConfig, labels: str) -> Iterator[tuple[str, str]]:
     """The documents of JSON and Parquet files, each with what its row has in column `labels`.
 
     Raises:
         DeptError: as `documents`; or the data has no such column, or a row nothing in it.
     """
-    yield from _taken(silo, source, _with_labels(silo, source, labels))
+    yield from _taken(silo, source, _with_labels(silo, source, labels), Counter())
 
 
-def _with_labels(silo: str, source: SiloConfig, labels: str) -> Iterator[tuple[str, str, str]]:
-    for place, row in _rows(silo, source, [source.column, labels]):
+def _with_labels(silo: str, source: DataConfig, labels: str) -> Iterator[tuple[str, str, str]]:
+    for place, row in _labelled_rows(silo, source, [source.column, labels]):
         for _, text in _in_column(silo, source, place, _with_column(silo, place, row, labels)):
             if row[labels] is None:
                 raise DeptError(f"silo {silo}: {place}: null in column {labels!r}; mend the data")
@@ -87,12 +110,19 @@ def _with_column(silo: str, place: str, row: Any, column: str) -> Any:
 
 
 def _taken(
-    silo: str, source: SiloConfig, found: Iterable[tuple[str, str, str]]
+    silo: str,
+    source: DataConfig,
+    found: Iterable[tuple[str, str, str]],
+    left_out: Counter[str],
 ) -> Iterator[tuple[str, str]]:
-    """Of places, texts and labels the texts that are not empty, up to the source's max_bytes."""
+    """Of places, texts and labels the texts of the right length, up to the source's max_bytes."""
+    most = source.max_characters or math.inf
     taken_bytes = 0
     for place, text, label in found:
         if not text.strip():
+            continue
+        if not source.min_characters <= len(text) <= most:
+            left_out["length"] += 1
             continue
         taken_bytes += _utf8_bytes(silo, place, text)
         yield text, label
@@ -100,12 +130,14 @@ def _taken(
             return
 
 
-def has_own_validation(source: SiloConfig) -> bool:
+def has_own_validation(source: DataConfig) -> bool:
     """Whether the source names documents for validation, so that none is taken from the rest."""
     return bool(source.validation_files or source.hub_validation_split)
 
 
-def validation_documents(silo: str, source: SiloConfig) -> Iterator[str]:
+def validation_documents(
+    silo: str, source: DataConfig, left_out: Counter[str] | None = None
+) -> Iterator[str]:
     """The documents of a source's own files or split for validation, read as the others are.
 
     Raises:
@@ -119,7 +151,7 @@ def validation_documents(silo: str, source: SiloConfig) -> Iterator[str]:
         max_bytes=0,
     )
     try:
-        yield from documents(silo, own)
+        yield from documents(silo, own, left_out)
     except DeptError as error:
         words = str(error).replace(f"silos.{silo}.files", f"silos.{silo}.validation_files")
         raise DeptError(words.replace("hub_split", "hub_validation_split")) from error
@@ -135,7 +167,7 @@ def _utf8_bytes(silo: str, place: str, text: str) -> int:
         ) from error
 
 
-def text_columns(silo: str, source: SiloConfig) -> dict[str, bool]:
+def text_columns(silo: str, source: DataConfig) -> dict[str, bool]:
     """The columns of the source's first rows, and whether each of them holds text.
 
     Of its first JSON or Parquet file, or of its hub data set; empty where it has no rows.
@@ -149,8 +181,9 @@ def text_columns(silo: str, source: SiloConfig) -> dict[str, bool]:
     return {name: _is_text([row.get(name) for row in rows]) for name in names}
 
 
-def _rows(silo: str, source: SiloConfig, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    """Rows of JSON and Parquet files with their places; of Parquet only these columns."""
+def _labelled_rows(
+    silo: str, source: DataConfig, columns: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     for file in _supported(silo, source):
         with _named(silo, source, file):
             if _format(file) == "text":
@@ -158,14 +191,22 @@ def _rows(silo: str, source: SiloConfig, columns: list[str]) -> Iterator[tuple[s
                     f"silo {silo}: {file}: has no columns, so that none can tell a document's "
                     "source; give .jsonl or .parquet"
                 )
-            if _format(file) == "parquet":
-                yield from _parquet_rows(file, columns)
-            else:
-                with _text_stream(silo, source, file) as stream:
-                    yield from _json_rows(silo, file, stream)
+            yield from _rows(silo, source, file, columns)
 
 
-def _head(silo: str, source: SiloConfig) -> Iterator[Any]:
+def _rows(
+    silo: str, source: DataConfig, file: Path, columns: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a file that has columns, with their places; of Parquet only these columns."""
+    if _format(file) == "parquet":
+        yield from _parquet_rows(file, columns)
+        return
+    read = _csv_rows if _format(file) == "csv" else _json_rows
+    with _text_stream(silo, source, file) as stream:
+        yield from read(silo, file, stream)
+
+
+def _head(silo: str, source: DataConfig) -> Iterator[Any]:
     if source.hub:
         yield from (row for _, row in _hub_rows(silo, source))
         return
@@ -176,8 +217,7 @@ def _head(silo: str, source: SiloConfig) -> Iterator[Any]:
             if _format(file) == "parquet":
                 yield from _parquet_head(file)
             else:
-                with _text_stream(silo, source, file) as stream:
-                    yield from (row for _, row in _json_rows(silo, file, stream))
+                yield from (row for _, row in _rows(silo, source, file, []))
         return
 
 
@@ -186,17 +226,35 @@ def _is_text(values: list[Any]) -> bool:
     return bool(given) and all(isinstance(value, str) for value in given)
 
 
-def source_key(source: SiloConfig, recipe: Recipe) -> str:
+_NEW_SETTINGS = (
+    "validation_files",
+    "hub_validation_split",
+    "hub_files",
+    "hub_where",
+    "columns",
+    "where",
+    "min_characters",
+    "max_characters",
+)
+
+
+def source_key(source: DataConfig, recipe: Recipe) -> str:
     """A digest that changes whenever the documents or their split may have changed."""
     own = asdict(source)
-    for setting in ("tokenizer", "vocab_size"):
-        del own[setting]
-    for setting in ("validation_files", "hub_validation_split", "hub_files", "hub_where"):
+    for setting in ("tokenizer", "vocab_size", "weight", "sources"):
+        own.pop(setting, None)
+    for setting in _NEW_SETTINGS:
         if not own[setting]:
             del own[setting]  # so that text cached before there was this setting keeps its key
+    near = [recipe.near_duplicates] if recipe.near_duplicates else []
     facts: dict[str, Any] = {
         **own,
-        "split": [recipe.validation_fraction, recipe.validation_max_bytes, recipe.deduplicate],
+        "split": [
+            recipe.validation_fraction,
+            recipe.validation_max_bytes,
+            recipe.deduplicate,
+            *near,
+        ],
         "files": [
             (str(path), path.stat().st_size, path.stat().st_mtime_ns)
             for path in [
@@ -207,6 +265,10 @@ def source_key(source: SiloConfig, recipe: Recipe) -> str:
         ],
         "versions": [_version(name) for name in source.packages],
     }
+    if isinstance(source, SiloConfig) and source.sources:
+        facts["sources"] = {
+            name: [part.weight, source_key(part, recipe)] for name, part in source.sources.items()
+        }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -244,15 +306,19 @@ def _format(path: Path) -> str:
     return _FORMATS.get(suffixes[-1], "") if suffixes else ""
 
 
-def _from_files(silo: str, source: SiloConfig) -> Iterator[Found]:
+def _from_files(silo: str, source: DataConfig, left_out: Counter[str]) -> Iterator[Found]:
     files = _supported(silo, source)
     sample_by = _sample_by(source, [file for file in files if _format(file) == "text"])
     for file in files:
         with _named(silo, source, file):
-            yield from _from_file(silo, source, file, sample_by)
+            if _format(file) == "text":
+                yield from _from_text(silo, source, file, sample_by)
+            else:
+                rows = _rows(silo, source, file, _columns_to_read(source))
+                yield from _from_rows(silo, source, rows, left_out)
 
 
-def _supported(silo: str, source: SiloConfig) -> list[Path]:
+def _supported(silo: str, source: DataConfig) -> list[Path]:
     """The source's files: at least one, and all of a format that can be read."""
     files = _expand(source.files)
     if not files:
@@ -267,27 +333,26 @@ def _supported(silo: str, source: SiloConfig) -> list[Path]:
     return files
 
 
-def _sample_by(source: SiloConfig, files: list[Path]) -> str:
+def _sample_by(source: DataConfig, files: list[Path]) -> str:
     if source.sample_by != "auto":
         return source.sample_by
     small = all(file.stat().st_size <= _SMALL_FILE_BYTES for file in files)
     return "document" if small and len(files) >= _MANY_FILES else "paragraph"
 
 
-def _from_file(silo: str, source: SiloConfig, file: Path, sample_by: str) -> Iterator[Found]:
-    if _format(file) == "parquet":
-        yield from _parquet(silo, source, file)
-        return
+def _from_text(silo: str, source: DataConfig, file: Path, sample_by: str) -> Iterator[Found]:
+    if source.where or source.columns:
+        setting = "where" if source.where else "columns"
+        raise DeptError(
+            f"silo {silo}: {file}: has no columns, which silos.{silo}.{setting} needs; leave the "
+            "file out, or that setting"
+        )
     with _text_stream(silo, source, file) as stream:
-        if _format(file) == "json":
-            for place, row in _json_rows(silo, file, stream):
-                yield from _in_column(silo, source, place, row)
-        else:
-            yield from ((str(file), text) for text in _SAMPLERS[sample_by](silo, file, stream))
+        yield from ((str(file), text) for text in _SAMPLERS[sample_by](silo, file, stream))
 
 
 @contextmanager
-def _named(silo: str, source: SiloConfig, file: Path) -> Iterator[None]:
+def _named(silo: str, source: DataConfig, file: Path) -> Iterator[None]:
     """What goes wrong while a file is read names it, and the mend."""
     try:
         yield
@@ -310,7 +375,7 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _text_stream(silo: str, source: SiloConfig, file: Path) -> IO[str]:
+def _text_stream(silo: str, source: DataConfig, file: Path) -> IO[str]:
     try:
         encoding = codecs.lookup(source.encoding).name
     except LookupError as error:
@@ -387,22 +452,37 @@ def _parsed(silo: str, place: str, text: str) -> Any:
         ) from error
 
 
-def _parquet(silo: str, source: SiloConfig, file: Path) -> Iterator[Found]:
-    for place, row in _parquet_rows(file, [source.column]):
-        yield from _in_column(silo, source, place, row)
+def _csv_rows(silo: str, file: Path, stream: IO[str]) -> Iterator[tuple[str, Any]]:
+    """Rows below the line of names, quoted as spreadsheets do, each with its place."""
+    csv.field_size_limit(_MOST_FIELD_CHARACTERS)
+    dialect = "excel-tab" if ".tsv" in file.name.lower() else "excel"
+    reader = csv.reader(stream, dialect, strict=True)
+    names = next(reader, [])
+    for row in reader:
+        place = f"{file}, line {reader.line_num}"
+        if row and len(row) != len(names):
+            raise DeptError(
+                f"silo {silo}: {place}: {len(row)} fields, where the first line names "
+                f"{len(names)} columns; quote fields that hold commas, tabs or line ends"
+            )
+        if row:
+            yield place, dict(zip(names, row, strict=True))
 
 
-def _parquet_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    """Rows of these columns; where one is missing, first a row that names all there are."""
+def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Rows of these columns; where one is missing, of all, behind a row of their names."""
     from pyarrow import parquet
 
     with _seekable(file) as stream:
         table = parquet.ParquetFile(stream, buffer_size=1 << 20)
         names = dict.fromkeys(table.schema_arrow.names)
-        if not names.keys() >= set(columns):
+        missing = set(columns) - names.keys()
+        if missing:
             yield str(file), names
         number = 0
-        for batch in table.iter_batches(batch_size=1000, columns=columns):
+        for batch in table.iter_batches(
+            batch_size=1000, columns=None if missing else list(columns)
+        ):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", row
@@ -428,53 +508,104 @@ def _seekable(file: Path) -> Iterator[Any]:
             yield plain
 
 
-def _in_column(silo: str, source: SiloConfig, place: str, row: Any) -> Iterator[Found]:
-    """The row's text with its place; nothing where it is null."""
-    column = source.column
+def _columns_to_read(source: DataConfig) -> list[str]:
+    conditions = _conditions("", source)
+    fields = [condition.field.partition(".")[0] for condition in conditions]
+    return list(dict.fromkeys([*(source.columns or [source.column]), *fields]))
+
+
+def _from_rows(
+    silo: str,
+    source: DataConfig,
+    rows: Iterable[tuple[str, Any]],
+    left_out: Counter[str],
+) -> Iterator[Found]:
+    """The texts of the rows that meet all conditions."""
+    conditions = _conditions(silo, source)
+    for place, row in rows:
+        met = [condition.met(silo, place, row) for condition in conditions]
+        if not all(met):
+            left_out["where"] += 1
+        elif texts := [text for _, text in _in_column(silo, source, place, row)]:
+            yield place, "\n\n".join(texts)
+
+
+def _in_column(silo: str, source: DataConfig, place: str, row: Any) -> Iterator[Found]:
+    """The row's texts with their place, one for each column; nothing where it is null."""
+    setting = "columns" if source.columns else "column"
     if not isinstance(row, Mapping):
         raise DeptError(
             f"silo {silo}: {place}: {type(row).__name__} instead of an object such as "
-            f'{{"{column}": "..."}}; mend the data'
+            f'{{"{source.column}": "..."}}; mend the data'
         )
-    if column not in row:
-        raise DeptError(
-            f"silo {silo}: {place}: no column {column!r}; columns: {', '.join(map(str, row))}; "
-            f"set silos.{silo}.column"
-        )
-    value = row[column]
-    if isinstance(value, str):
-        yield place, value
-    elif value is not None:
-        raise DeptError(
-            f"silo {silo}: {place}: column {column!r} holds {type(value).__name__}, not text; "
-            f"set silos.{silo}.column"
-        )
-
-
-def _from_hub(silo: str, source: SiloConfig) -> Iterator[Found]:
-    conditions = [each.partition("=") for each in source.hub_where]
-    for place, row in _hub_rows(silo, source):
-        if all(_field(silo, place, row, name) == value for name, _, value in conditions):
-            yield from _in_column(silo, source, place, row)
-
-
-def _field(silo: str, place: str, row: Any, dotted: str) -> str:
-    """A field of a row, or of a row within it: its text, else as JSON writes it."""
-    found = row
-    for name in dotted.split("."):
-        if found is None:
-            break
-        if not isinstance(found, Mapping) or name not in found:
-            there = ", ".join(map(str, found)) if isinstance(found, Mapping) else repr(found)
+    for column in source.columns or [source.column]:
+        if column not in row:
             raise DeptError(
-                f"silo {silo}: {place}: no field {dotted!r}; where {name!r} should be: {there}; "
-                f"set silos.{silo}.hub_where"
+                f"silo {silo}: {place}: no column {column!r}; columns: {', '.join(map(str, row))}; "
+                f"set silos.{silo}.{setting}"
             )
-        found = found[name]
-    return found if isinstance(found, str) else json.dumps(found, default=str)
+        value = row[column]
+        if isinstance(value, str):
+            yield place, value
+        elif value is not None:
+            raise DeptError(
+                f"silo {silo}: {place}: column {column!r} holds {type(value).__name__}, not text; "
+                f"set silos.{silo}.{setting}"
+            )
 
 
-def _hub_rows(silo: str, source: SiloConfig) -> Iterator[tuple[str, Any]]:
+class _Condition(NamedTuple):
+    """One of `where`, or of `hub_where`, which names it in errors."""
+
+    field: str
+    sign: str
+    value: str
+    setting: str
+
+    def met(self, silo: str, place: str, row: Any) -> bool:
+        found = self._found(silo, place, row)
+        if self.sign in ("=", "!="):
+            text = found if isinstance(found, str) else json.dumps(found, default=str)
+            return (text == self.value) == (self.sign == "=")
+        if found is None:
+            return False
+        if isinstance(found, bool) or not is_number(str(found)):
+            raise DeptError(
+                f"silo {silo}: {place}: field {self.field!r} holds {found!r}, no number that is "
+                f"more or less than another; set {self.setting}"
+            )
+        limit, number = float(self.value), float(found)
+        return number >= limit if self.sign == ">=" else number <= limit
+
+    def _found(self, silo: str, place: str, row: Any) -> Any:
+        """The field of the row, or of a row within it."""
+        found = row
+        for name in self.field.split("."):
+            if found is None:
+                break
+            if not isinstance(found, Mapping) or name not in found:
+                there = ", ".join(map(str, found)) if isinstance(found, Mapping) else repr(found)
+                raise DeptError(
+                    f"silo {silo}: {place}: no field {self.field!r}; where {name!r} should be: "
+                    f"{there}; set {self.setting}"
+                )
+            found = found[name]
+        return found
+
+
+def _conditions(silo: str, source: DataConfig) -> list[_Condition]:
+    found = []
+    for each in source.hub_where:
+        field, _, value = each.partition("=")
+        found.append(_Condition(field, "=", value, f"silos.{silo}.hub_where"))
+    for each in source.where:
+        parts = CONDITION.fullmatch(each)
+        assert parts is not None, each  # `source_problems` refuses others
+        found.append(_Condition(*parts.group("field", "sign", "value"), f"silos.{silo}.where"))
+    return found
+
+
+def _hub_rows(silo: str, source: DataConfig) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     _have_zst_read()
@@ -496,7 +627,7 @@ def _hub_rows(silo: str, source: SiloConfig) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-def _hub_files(source: SiloConfig) -> dict[str, list[str]] | None:
+def _hub_files(source: DataConfig) -> dict[str, list[str]] | None:
     """Patterns by split; None leaves it to the data set."""
     patterns: dict[str, list[str]] = {}
     for split, _, pattern in (each.partition("=") for each in source.hub_files):
@@ -519,7 +650,7 @@ def _have_zst_read() -> None:
         register_compression("zstd", unpacked, "zst")
 
 
-def _from_packages(silo: str, source: SiloConfig) -> Iterator[Found]:
+def _from_packages(silo: str, source: DataConfig) -> Iterator[Found]:
     """Package files in an order mixed by a digest of their path, so that a cut is a sample."""
     found = [pair for name in source.packages for pair in _package_files(silo, name)]
     chosen = [

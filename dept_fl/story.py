@@ -28,7 +28,9 @@ def story(made: NewSilo, columns: int) -> str:
         "TRAVELS to the federation's server": _travels(made),
     }
     first, *others = [_table(title, rows, columns) for title, rows in tables.items()]
-    return "\n\n".join([first, _glimpses(made, columns), *others, _next(made)])
+    shown = (f"  | {line}" for line in glimpses(made.silo.corpus, columns - 4))
+    text = "\n".join(["its text, here and there:", *shown])
+    return "\n\n".join([first, text, *others, _next(made)])
 
 
 def as_json_text(made: NewSilo) -> str:
@@ -58,14 +60,32 @@ def _figures(made: NewSilo) -> dict[str, str]:
     if made.pieces_chosen:
         pieces += ", chosen for so much text (--vocab-size sets another number)"
     return {
-        "documents": f"{corpus.documents:,}; {corpus.duplicates:,} duplicates dropped",
+        "documents": f"{corpus.documents:,}; {dropped(corpus)}",
         "text": f"{size(corpus.train_bytes)} to train on",
+        **({"sources": _shares(corpus)} if corpus.sources else {}),
         "validation": _validation(corpus),
         "tokenizer": f"{pieces}; {_fidelity(made.silo)}",
         "tokens": f"{len(stream.train):,} to train on, {stream.bytes_per_token:.2f} bytes each",
         "unigram": f"{made.silo.unigram_bits_per_byte:.3f} bits per byte, from token "
         "frequencies alone",
     }
+
+
+def _shares(corpus: Corpus) -> str:
+    shares = {n: own["bytes"] * own["passes"] for n, own in corpus.sources.items()}
+    return ", ".join(
+        f"{name} {share / corpus.train_bytes:.0%}, read {corpus.sources[name]['passes']:.2f} times"
+        for name, share in shares.items()
+    )
+
+
+def dropped(corpus: Corpus) -> str:
+    """What was not taken of its data, in words."""
+    words = [f"{corpus.duplicates:,} duplicates dropped"]
+    if corpus.near_duplicates:
+        words[0] += f", {corpus.near_duplicates:,} of them nearly the same as another"
+    words += [f"{count:,} left out by {name}" for name, count in sorted(corpus.left_out.items())]
+    return ", ".join(words)
 
 
 def _validation(corpus: Corpus) -> str:
@@ -85,9 +105,9 @@ def _fidelity(silo: Silo) -> str:
     )
 
 
-def _glimpses(made: NewSilo, columns: int) -> str:
-    shown = [_one_line(text, columns - 4) for text in made.silo.corpus.glimpses(_GLIMPSES)]
-    return "\n".join(["its text, here and there:", *(f"  | {line}" for line in shown)])
+def glimpses(corpus: Corpus, columns: int) -> list[str]:
+    """Some of its documents from here and there, each harmless and in a line."""
+    return [_one_line(text, columns) for text in corpus.glimpses(_GLIMPSES)]
 
 
 def _one_line(text: str, columns: int) -> str:

@@ -19,6 +19,7 @@ import sentencepiece as spm
 from dept_fl.errors import DeptError
 
 Ids = list[int]
+MODEL_FILE = "tokenizer.model"  # of a SentencePiece tokenizer in a folder of its own
 _SPACE = "▁"  # U+2581, which SentencePiece writes for a space
 _SCORE_STEPS = 64  # a nat; sums up to 2**18 nats are exact
 _LONGEST_LINE = 1000  # characters; the trainer skips lines over 4192 bytes without a word
@@ -37,6 +38,11 @@ class Tokenizer(Protocol):
     size: int
     end_id: int
     fingerprint: str
+
+    @property
+    def kind(self) -> str:
+        """What people call it, such as SentencePiece unigram."""
+        ...
 
     def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """The ids of each text, by the calling thread alone: whoever has many texts has threads."""
@@ -68,6 +74,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.end_id: int = end
         self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
+
+    @property
+    def kind(self) -> str:
+        spec = sentencepiece_proto(self.model).trainer_spec
+        return f"SentencePiece {spec.ModelType.Name(spec.model_type).lower()}"
 
     def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         found: list[npt.NDArray[np.int32]] = self._processor.encode(
@@ -131,6 +142,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = backend
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read at each call
 
+    @property
+    def kind(self) -> str:
+        return f"Hugging Face {type(self._backend.model).__name__}"
+
     def arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         # Fast: without the places of the pieces in the text.
         found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -160,12 +175,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """A SentencePiece file (`.model`), else a Hugging Face folder or name.
+    """A SentencePiece file (`.model`) or a folder with tokenizer.model alone; else Hugging Face's.
 
     Raises:
         DeptError: naming the tokenizer and the mend, where it cannot be used.
     """
     path = Path(name)
+    if [file.name for file in path.glob("*.*")] == [MODEL_FILE]:
+        path = path / MODEL_FILE
     if path.suffix != ".model":
         return _hugging_face(str(name), _stamp(path))
     if not path.is_file():

@@ -11,6 +11,7 @@ from dept_fl.config import (
     CONF_DIR,
     Recipe,
     SiloConfig,
+    SourceConfig,
     differences,
     home_dir,
     load_recipe,
@@ -149,6 +150,24 @@ def test_an_override_adds_a_silo(recipe: RecipeOf, tiny_file: Path, override: st
     added = recipe(override)
     assert added.silo_names == ["ant", "bee", "cat", "new"]
     assert added.silos["new"] == SiloConfig(files=[str(tiny_file.parent / "x.txt")])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "silos.new.sources.web.files=[x.txt] silos.new.sources.web.weight=2",
+        "'silos.new={sources: {web: {files: [x.txt], weight: 2}}}'",
+    ],
+)
+def test_a_silo_of_sources_is_read_with_their_paths(
+    recipe: RecipeOf, tiny_file: Path, override: str
+) -> None:
+    web = SourceConfig(files=[str(tiny_file.parent / "x.txt")], weight=2.0)
+    made = recipe(override)
+    assert made.silos["new"] == SiloConfig(sources={"web": web})
+    assert recipe_from_json(made.to_json()) == made
+    emptied = f"{override} silos.new.sources={{}} silos.new.files=[y.txt]"
+    assert recipe(emptied).silos["new"] == SiloConfig(files=[str(tiny_file.parent / "y.txt")])
 
 
 def test_silos_may_be_emptied_and_named_anew(recipe: RecipeOf) -> None:
@@ -450,9 +469,18 @@ BAD_OVERRIDES = [
     ("outer.optimizer=adam outer.momentum=0.9", "outer.optimizer=adam: only nesterov takes it"),
     ("outer.optimizer=nesterov outer.momentum=1", "outer.momentum=1.0: must be from 0 to below 1"),
     # silos
-    ("silos.ant.hub=x", "silos.ant: set exactly one of files, hub, packages (set: files, hub)"),
-    ("silos.ant.files=[]", "silos.ant: set exactly one of files, hub, packages (set: none)"),
-    ("silos.new.max_bytes=5", "silos.new: set exactly one of files, hub, packages (set: none)"),
+    (
+        "silos.ant.hub=x",
+        "silos.ant: set exactly one of files, hub, packages, sources (set: files, hub)",
+    ),
+    (
+        "silos.ant.files=[]",
+        "silos.ant: set exactly one of files, hub, packages, sources (set: none)",
+    ),
+    (
+        "silos.new.max_bytes=5",
+        "silos.new: set exactly one of files, hub, packages, sources (set: none)",
+    ),
     ("silos.ant.files=['\"\"']", "silos.ant: an empty path or package name"),
     ("silos.ant.validation_files=['\"\"']", "silos.ant: an empty path or package name"),
     ("silos.ant.validation_files=v.txt", "silos.ant.validation_files='v.txt': must be a list"),
@@ -481,6 +509,48 @@ BAD_OVERRIDES = [
         "silos.ant.files=[] silos.ant.hub=x silos.ant.hub_files=[val.jsonl]",
         "silos.ant.hub_files: 'val.jsonl' is no SPLIT=PATTERN, such as validation=val.jsonl.zst",
     ),
+    ("silos.ant.where=[score]", "silos.ant.where: 'score' is no FIELD=VALUE, FIELD!=VALUE, "),
+    ("'silos.ant.where=[\"score>=high\"]'", "where: 'score>=high': 'high' is no number; write one"),
+    (
+        "silos.ant.files=[] silos.ant.packages=[stdlib] silos.ant.where=[a=b]",
+        "silos.ant.where=['a=b']: only together with files or hub; remove it",
+    ),
+    ("silos.ant.min_characters=-1", "silos.ant.min_characters=-1: must be at least 0 (0 = none)"),
+    (
+        "silos.ant.min_characters=9 silos.ant.max_characters=8",
+        "silos.ant.min_characters=9: above max_characters=8, so that no document is left",
+    ),
+    ("near_duplicates=0.3", "near_duplicates=0.3: must be 0, or from 0.5 to 1"),
+    (
+        "near_duplicates=0.8 deduplicate=false",
+        "near_duplicates=0.8 with deduplicate=false: copies would stay",
+    ),
+    ("silos.ant.sources.web.files=[x]", "silos.ant: set exactly one of files, hub, packages, sou"),
+    (
+        "silos.ant.files=[] silos.ant.column=x silos.ant.sources.web.files=[x]",
+        "silos.ant.column='x': belongs to a source; move it to sources.NAME.column",
+    ),
+    (
+        "silos.ant.sources.web.weight=1",
+        "silos.ant.sources.web: set exactly one of files, hub, packages (set: none)",
+    ),
+    (
+        "silos.ant.sources.a.files=[x] silos.ant.sources.b.files=[x] silos.ant.sources.b.weight=2",
+        "silos.ant.sources.a.weight=0.0: other sources have one; give all a weight, or none",
+    ),
+    (
+        "silos.ant.files=[] silos.ant.sources.a.files=[x] silos.ant.max_bytes=9",
+        "silos.ant.max_bytes=9: of which source? give each a weight, or a max_bytes of its own",
+    ),
+    (
+        "silos.ant.sources.a.weight=.nan",
+        "silos.ant.sources.a.weight=nan: must be from 0 to 1e+06",
+    ),
+    ("silos.ant.sources.a.sample_by=x", "silos.ant.sources.a.sample_by='x': must be one of"),
+    ("silos.ant.sources=x", "silos.ant.sources='x': must be a mapping of sources by name"),
+    ("silos.ant.sources.web=x", "silos.ant.sources.web: a source needs a mapping, such as {fil"),
+    ("silos.ant.sources.web.wieght=1", "no such setting of a source; did you mean 'weight'?"),
+    ("silos.ant.sources.WEB.files=[x]", "silos.ant.sources.WEB: a source's name has lower-case"),
     ("silos.../x.files=[a]", "silos.../x: a silo's name has lower-case letters"),
     ("'silos.A B.files=[a]'", "silos.A B: a silo's name has lower-case letters"),
     ("silos._x.files=[a]", "silos._x: a silo's name has lower-case letters"),

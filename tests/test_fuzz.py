@@ -627,6 +627,7 @@ def test_the_genuine_task_reaches_it(door: Door):
 
 SILO_FILE = {"name": "ant", "home": "/home", "files": ["a.txt"], "vocab_size": 300}
 SILO_KEYS = [*SILO_FILE, "hub", "packages", "tokenizer", "validation_fraction", "device", "x"]
+SILO_KEYS += ["sources", "where", "columns", "near_duplicates"]
 
 
 def read_file(folder: Path, content: bytes) -> SiloFile | None:

@@ -112,6 +112,14 @@ def test_other_settings_come_into_the_file(folder: Path) -> None:
     assert (file.alone().validation_fraction, file.alone().deduplicate) == (0.3, False)
 
 
+def test_a_silo_may_have_several_sources(folder: Path) -> None:
+    one, other = ({"files": [f"data/{n}.jsonl"], "weight": w} for n, w in (("ant", 1), ("bee", 1)))
+    told = made("ant", "--set", f"sources={json.dumps({'one': one, 'other': other})}")
+    assert re.search(r"sources +one 50%, read 1\.\d\d times, other 50%, read 1\.\d\d times", told)
+    silo = load_silo_file(folder / "ant.yaml").alone().silos["ant"]
+    assert silo.sources["one"].files == [str(folder / "data/ant.jsonl")]
+
+
 def test_the_printed_commands_are_the_right_ones(folder: Path) -> None:
     (folder / "my files").mkdir()
     told = made("ant", "--data", "data/ant.jsonl", "--folder", "my files").replace("\\\n", "")

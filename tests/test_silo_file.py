@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from dept_fl.config import InnerConfig, Recipe, SiloConfig, load_recipe, recipe_from_json
+from dept_fl.config import (
+    InnerConfig,
+    Recipe,
+    SiloConfig,
+    SourceConfig,
+    load_recipe,
+    recipe_from_json,
+)
 from dept_fl.errors import ConfigError, DeptError
 from dept_fl.silo_file import KEYS, SiloFile, as_yaml, load_silo_file
 
@@ -36,6 +43,11 @@ GIVEN: dict[str, Any] = {
     "exclude": ["*.rst"],
     "content": "code",
     "column": "body",
+    "columns": ["title", "body"],
+    "where": ["score>=0.8"],
+    "min_characters": 5,
+    "max_characters": 500,
+    "sources": {"web": {"files": ["/data/web"], "where": ["a=b"], "weight": 2.0}},
     "sample_by": "line",
     "encoding": "latin-1",
     "max_bytes": 7,
@@ -45,6 +57,7 @@ GIVEN: dict[str, Any] = {
     "validation_fraction": 0.3,
     "validation_max_bytes": 77,
     "deduplicate": False,
+    "near_duplicates": 0.8,
     "device": "cpu",
     "processes": 4,
     "parallel": "fsdp",
@@ -59,6 +72,7 @@ OF_THE_RECIPE = {
     "validation_fraction",
     "validation_max_bytes",
     "deduplicate",
+    "near_duplicates",
     "device",
     "processes",
     "parallel",
@@ -85,7 +99,13 @@ def test_every_key_is_tried_here() -> None:
     assert sorted(GIVEN) == sorted(KEYS)
 
 
-ELSEWHERE = {"name", "home", "micro_batch_size", "share_embeddings"}  # have tests of their own
+ELSEWHERE = {
+    "name",
+    "home",
+    "sources",
+    "micro_batch_size",
+    "share_embeddings",
+}  # have tests of their own
 
 
 @pytest.mark.parametrize("key", sorted(set(KEYS) - ELSEWHERE))
@@ -97,6 +117,37 @@ def test_every_key_holds_over_any_recipe(tmp_path: Path, key: str) -> None:
     recipe = file.over(RECIPE)
     owner = recipe if key in OF_THE_RECIPE else recipe.silos["fr"]
     assert getattr(owner, key) == GIVEN[key]
+
+
+def test_sources_hold_over_any_recipe_and_their_paths_start_at_the_file(tmp_path: Path) -> None:
+    sources = {
+        "web": {"files": "web/*.jsonl", "where": ["lang=fr"], "weight": 2},
+        "books": {"files": ["/books"], "weight": 1},
+    }
+    silo = load_silo_file(written(tmp_path, files=[], sources=sources)).over(RECIPE).silos["fr"]
+    assert silo.sources == {
+        "web": SourceConfig(files=[f"{tmp_path}/web/*.jsonl"], where=["lang=fr"], weight=2.0),
+        "books": SourceConfig(files=["/books"], weight=1.0),
+    }
+    assert silo.shares == {"books": 1 / 3, "web": 2 / 3}
+
+
+@pytest.mark.parametrize(
+    ("sources", "problem"),
+    [
+        ({"web": {"colum": "x"}}, "sources.web.colum: no such setting of a source; did you mean "),
+        ({"web": {"files": [], "hub": ""}}, "sources.web: set exactly one of files, hub, pack"),
+        ({"web": "x"}, "sources.web: a source needs a mapping, such as {files: "),
+        ({"web": {"files": ["x"], "weight": "much"}}, "sources.web.weight='much': must be a num"),
+        ({"a b": {"files": ["x"]}}, "sources.a b: a source's name has lower-case letters"),
+        (["x"], "sources=['x']: must be a mapping of sources by name"),
+    ],
+)
+def test_problems_of_sources_are_told_in_words_of_the_file(
+    tmp_path: Path, sources: Any, problem: str
+) -> None:
+    found = problems(tmp_path, files=[], sources=sources)
+    assert any(each.startswith(f"{tmp_path / 'fr.yaml'}: {problem}") for each in found), found
 
 
 def test_the_micro_batch_is_the_silos_own(tmp_path: Path) -> None:
@@ -337,7 +388,8 @@ def test_a_message_cannot_read_this_machines_environment() -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     given = {**GIVEN, "files": ["x y/*.txt", 'quote"d', "ü#: é"], "hub": "", "packages": []}
-    given |= {"hub_validation_split": "", "hub_files": [], "hub_where": []}
+    given |= {"hub_validation_split": "", "hub_files": [], "hub_where": [], "sources": {}}
+    given |= {"near_duplicates": 0.0}
     (tmp_path / "fr.yaml").write_text(as_yaml(given), encoding="utf-8")
     assert yaml.safe_load(as_yaml(given)) == given
     source = load_silo_file(tmp_path / "fr.yaml").over(RECIPE).silos["fr"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from dept_fl.cli import federation, models, runs, silo
+from dept_fl import __version__
+from dept_fl.cli import federation, models, runs, silo, tokenizer
 from dept_fl.cli.common import EXIT_CODES, JOIN, Commands
 
 app = typer.Typer(
@@ -20,12 +20,13 @@ app = typer.Typer(
 app.add_typer(runs.app)
 app.add_typer(models.app)
 app.add_typer(silo.app, name="silo", rich_help_panel=JOIN)
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=JOIN)
 app.add_typer(federation.app, name="federation", rich_help_panel=JOIN)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"dept-fl {metadata.version('dept-fl')}")
+        typer.echo(f"dept-fl {__version__}")
         raise typer.Exit
 
 

@@ -25,7 +25,7 @@ from dept_fl.cli.common import (
     tell_failures,
     told,
 )
-from dept_fl.config import load_recipe, require_silos
+from dept_fl.config import Recipe, load_recipe, require_silos
 from dept_fl.errors import DeptError
 from dept_fl.local import COMPLETED, end_superlink, simulate
 from dept_fl.progress import Progress
@@ -49,6 +49,9 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped run")] = False,
     nodes: Annotated[int, typer.Option(help="virtual nodes of the simulation", min=1)] = 2,
     cpus: Annotated[int, typer.Option(help="CPU cores of one silo at work", min=1)] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="read data, make tokenizers and tokens, and tell")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object at the end; all else on stderr")
     ] = False,
@@ -64,6 +67,9 @@ def run(
     require_silos(made)
     place = home_of(home)
     progress = Progress()
+    if dry_run:
+        _look_ahead(made, place, progress, as_json)
+        return
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.model import layout
         from dept_fl.rounds import has_checkpoint
@@ -99,6 +105,17 @@ def run(
     if status != COMPLETED:
         told(f"error: the run ended as {status}")
         raise typer.Exit(FAILED)
+
+
+def _look_ahead(recipe: Recipe, home: Path, progress: Progress, as_json: bool) -> None:
+    with progress.stage("starting"):
+        from dept_fl.outlook import look_ahead, show
+
+    found = look_ahead(recipe, home, progress)
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        show(found)
 
 
 @app.command(rich_help_panel=PRETRAIN)
@@ -296,8 +313,7 @@ def _sizes(words: list[str]) -> dict[str, int]:
     return sizes
 
 
-@app.command()
-@mistakes_told()
+@app.command(rich_help_panel=PRETRAIN)
 def report(
     run_dir: Annotated[Path, typer.Argument(help="folder of the run, as the run printed it")],
     out: Annotated[

@@ -30,7 +30,9 @@ def silo_new(
     name: Annotated[str, typer.Argument(help="of the silo in the federation, such as fr")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="files, folder or quoted pattern of .txt, .jsonl, .parquet; repeatable"),
+        typer.Option(
+            help="files, folder or quoted pattern: .txt, .jsonl, .parquet, .csv; repeatable"
+        ),
     ] = None,
     hub: Annotated[str, typer.Option(help="a hub data set instead, streamed")] = "",
     hub_config: Annotated[str, typer.Option(help="of the hub data set")] = "",
