@@ -269,6 +269,7 @@ class Plan:
             "tokenizer": "shared",
             # Trained embeddings need their own tokenizer; else it is made of the text at hand.
             "shared_tokenizer": first.shared_tokenizer if first and TRAINED in self.starts else "",
+            "model.start": "",  # what a body starts from is told by --start
             "rounds": max(1, round(steps / every)),
             "inner.local_steps": every,
             "inner.rewarm_steps": 0,  # pauses for evaluation are no rounds

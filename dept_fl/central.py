@@ -34,7 +34,6 @@ from dept_fl.errors import DeptError
 from dept_fl.evaluate import evaluate
 from dept_fl.model import (
     assemble,
-    initial_body,
     initial_embeddings,
     join,
     layout,
@@ -44,7 +43,10 @@ from dept_fl.model import (
 )
 from dept_fl.report import Ledger
 from dept_fl.silo import Silo
+from dept_fl.start import first_body, first_embeddings
+from dept_fl.tokenizer import Vocabulary
 from dept_fl.train import Schedule, Training, pick_device, train
+from dept_fl.transfer import Target
 
 _DRAWN_AT_ONCE = 4096
 
@@ -151,11 +153,13 @@ class Central:
         self._forgets, self._folder = forgets, folder
         self.streams = {name: silo.stream for name, silo in silos.items()}
         self.layout = layout(recipe.model, recipe.sequence_tokens)
-        self._size = next(iter(silos.values())).tokenizer.size
+        tokenizer = next(iter(silos.values())).tokenizer
+        self._size = tokenizer.size
         self.mixture = Mixture(
             self.streams, recipe.sequence_tokens, tau, seed_of(recipe.seed, "mixture")
         )
-        body, embeddings = start or (self._initial_body(), self._initial_embeddings(1))
+        own = Target("", tokenizer, Vocabulary.whole(tokenizer))
+        body, embeddings = start or (first_body(recipe, self.layout), first_embeddings(recipe, own))
         model = assemble(recipe.model, recipe.sequence_tokens, body, embeddings, self._size)
         self.model = cast(PreTrainedModel, cast(nn.Module, model).to(pick_device(recipe.device)))
         self._moments: Tensors = {}
@@ -229,19 +233,12 @@ class Central:
 
     def _forget(self) -> None:
         body, old = self.layout.split(parameters(self.model))
-        join(cast(nn.Module, self.model), body, self._initial_embeddings(self.round + 1))
-        self._moments = {k: v for k, v in self._moments.items() if k.split("/", 1)[1] not in old}
-
-    def _initial_body(self) -> Tensors:
-        recipe = self.recipe
-        return initial_body(recipe.model, recipe.sequence_tokens, self.layout, recipe.seed)
-
-    def _initial_embeddings(self, round_: int) -> Tensors:
-        recipe = self.recipe
-        owner = "" if round_ == 1 else f"round {round_}"
-        return initial_embeddings(
+        recipe, owner = self.recipe, f"round {self.round + 1}"
+        drawn = initial_embeddings(
             recipe.model, self._size, recipe.sequence_tokens, self.layout, recipe.seed, owner
         )
+        join(cast(nn.Module, self.model), body, drawn)
+        self._moments = {k: v for k, v in self._moments.items() if k.split("/", 1)[1] not in old}
 
     def _save(self) -> None:
         body, embeddings = self.layout.split(parameters(self.model))

@@ -185,6 +185,7 @@ class Checkup:
     def _tokens(self) -> Finding:
         silo, recipe = self._silo, self._own_recipe
         stream = self._progress.during("making tokens", lambda: silo.stream)
+        silo.check_start()
         passes = recipe.rounds * recipe.round_tokens / len(stream.train)
         facts = {
             "train_tokens": len(stream.train),

@@ -44,12 +44,14 @@ FREE_ON_RESUME = frozenset(
         "evaluate_every",
         "arms",
         "trackers",
+        "model.start",
         "inner.micro_batch_size",
     }
 )
 
 VARIANTS = ("glob", "trim", "spec")
 TOKENIZERS = ("own", "shared")
+STARTS = ("random", "copy", "mix")
 INNER_STATES = ("keep", "reset")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -158,16 +160,32 @@ class SiloConfig(DataConfig):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformers causal LM: a preset of conf/models, a config of one's own, or both.
+    """A transformers causal LM: a preset of conf/models, a config of one's own, or both; or an
+    open model that is trained on (`start.py`).
 
     Attributes:
         preset: name of a file in conf/models, or the path of such a file.
         config: keyword arguments of the transformers config, `model_type` among them; they
             go over those of the preset. Vocabulary and sequence length are filled in.
+        start: a Hugging Face folder or name, whose config is the model's and whose body is the
+            run's first; its vocabulary too, where the tokenizer is shared and none is named.
+        start_embeddings: those of another vocabulary than its own are `random`, or made of its
+            own without training: `copy` takes rows of pieces that write the same and draws the
+            others like them, `mix` mixes the others from rows of similar pieces. `random` draws
+            those of its own vocabulary anew too.
+        start_fingerprint: of its files, filled in; a silo that reads others is refused.
     """
 
     preset: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
+    start_embeddings: str = "copy"
+    start_fingerprint: str = ""
+
+    @property
+    def gives_embeddings(self) -> bool:
+        """Whether embeddings start from those of an open model."""
+        return bool(self.start_fingerprint) and self.start_embeddings != "random"
 
     def __hash__(self) -> int:
         return hash(frozenset(self.config))  # so that what follows from a model can be kept
@@ -277,8 +295,8 @@ class Recipe:
         variant: `glob`, `trim` or `spec` (paper, section 2).
         tokenizer: `own` (one for each silo; with `spec` this is the paper's SPEC-OPT) or
             `shared`.
-        shared_tokenizer: a SentencePiece file, a Hugging Face folder or name. Empty: trained
-            over the text of all silos, which only a simulation can do.
+        shared_tokenizer: a SentencePiece file, a Hugging Face folder or name. Empty: that of
+            `model.start`, or trained over the text of all silos, which only a simulation can do.
         vocab_size: pieces of a tokenizer that is trained here.
         shared_vocab_size: the same of the shared one; 0 takes `vocab_size`.
         sequence_tokens: L, tokens in one training sequence.
@@ -381,6 +399,11 @@ class Recipe:
         return self.tokenizer == "own"
 
     @property
+    def common_tokenizer(self) -> str:
+        """The one that silos share, where the recipe tells."""
+        return self.shared_tokenizer or self.model.start
+
+    @property
     def label(self) -> str:
         """The variant as the paper names it."""
         return "spec-opt" if self.variant == "spec" and self.own_tokenizers else self.variant
@@ -407,7 +430,8 @@ def load_recipe(path: str | Path, overrides: str = "", folder: Path | None = Non
     settings = list(_leaves(read_yaml(file, problems)))
     settings += _overrides(overrides, problems)
     recipe = _build(settings, problems)
-    model = _with_preset(recipe.model, file.parent, problems)
+    written_out = _with_start if recipe.model.start else _with_preset
+    model = written_out(recipe.model, file.parent, problems)
     if problems:
         raise ConfigError(problems)
     return _resolve_paths(replace(recipe, model=model), file.parent)
@@ -747,9 +771,12 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             f"shared_tokenizer={recipe.shared_tokenizer!r} with tokenizer=own: "
             "set tokenizer=shared to use it"
         )
-    kind = recipe.model.config.get("model_type", "" if not recipe.model.preset else "preset")
+    kind = recipe.model.config.get("model_type", recipe.model.preset or recipe.model.start)
     if not isinstance(kind, str) or not kind:
-        yield "model: set model.preset (a file of conf/models) or model.config.model_type"
+        yield (
+            "model: set model.preset (a file of conf/models), model.config.model_type, or "
+            "model.start"
+        )
     yield from _shares(recipe)
     if recipe.near_duplicates and not recipe.deduplicate:
         yield (
@@ -792,6 +819,7 @@ def _choices(recipe: Recipe) -> Iterator[str]:
     for key, value, allowed in (
         ("variant", recipe.variant, VARIANTS),
         ("tokenizer", recipe.tokenizer, TOKENIZERS),
+        ("model.start_embeddings", recipe.model.start_embeddings, STARTS),
         ("device", recipe.device, DEVICES),
         ("parallel", recipe.parallel, PARALLEL),
         ("inner.optimizer", recipe.inner.optimizer, INNER_OPTIMIZERS),
@@ -1045,6 +1073,8 @@ def path_if_there(name: str, folder: Path) -> str:
 def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> ModelConfig:
     """The preset's settings written out, so that a resolved recipe stands alone."""
     preset = model.preset
+    if model.start_fingerprint:
+        problems.append("model.start_fingerprint: nothing without model.start; set that too")
     if not preset:
         return model
     if preset.endswith((".yaml", ".yml")):
@@ -1066,6 +1096,23 @@ def _with_preset(model: ModelConfig, folder: Path, problems: list[str]) -> Model
             f"{settings['model_type']!r}; drop one of them, such as with 'model.config={{}}'"
         )
     return ModelConfig(preset="", config=config)
+
+
+def _with_start(model: ModelConfig, folder: Path, problems: list[str]) -> ModelConfig:
+    """The open model's own settings written out, likewise."""
+    from dept_fl.start import written_out  # takes seconds that other recipes need not wait
+
+    if model.preset:
+        problems.append(
+            f"model.preset={model.preset!r}: model.start={model.start!r} has a config of its own; "
+            "drop one of them, such as with 'model.preset='"
+        )
+        return model
+    try:
+        return written_out(replace(model, start=path_if_there(model.start, folder)))
+    except ConfigError as error:
+        problems += error.problems
+        return model
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

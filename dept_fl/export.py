@@ -431,6 +431,8 @@ _NOT_TOLD = {"silos", "only", "without", "shared_tokenizer", "name"}  # paths an
 
 def _card(subject: Subject, made: Exported) -> str:
     recipe = {k: v for k, v in json.loads(subject.recipe.to_json()).items() if k not in _NOT_TOLD}
+    if Path(recipe["model"]["start"]).is_absolute():  # a path of its owner's
+        recipe["model"]["start"] = Path(recipe["model"]["start"]).name
     rows = {
         **{name.replace("_", " "): f"{count:,}" for name, count in subject.data.items()},
         **{

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import ModelConfig, Recipe
@@ -178,7 +180,8 @@ def layout(model: ModelConfig, sequence_tokens: int) -> Layout:
     """
     base = _probe(model, _PROBE_VOCABULARY, sequence_tokens)
     wider = _shapes(_probe(model, _PROBE_VOCABULARY + 1, sequence_tokens))
-    longer = _shapes(_probe(model, _PROBE_VOCABULARY, 2 * sequence_tokens))
+    longest = max(sequence_tokens, *(getattr(base.config, key, 0) for key in _LENGTH_KEYS))
+    longer = _shapes(_probe(model, _PROBE_VOCABULARY, 2 * longest))
     tables = {f"{name}.weight" for name, m in base.named_modules() if isinstance(m, nn.Embedding)}
     found = Layout(body={}, tokens={}, positions={})
     for name, shape in _shapes(base).items():
@@ -210,6 +213,30 @@ def build(
     """A model with fresh parameters that depend on `seed` alone, fp32 on the CPU."""
     with _own_generator(seed):
         return _from_config(_config(model, vocabulary, sequence_tokens, end_id))
+
+
+def load(model: ModelConfig, vocabulary: int, folder: Path) -> PreTrainedModel:
+    """The model with the parameters in a Hugging Face folder, in fp32 whatever they are there.
+
+    Raises:
+        ConfigError: they are not those of the model, or not in safetensors.
+    """
+    config = _config(model, vocabulary, 1, end_id=0)
+    disable_progress_bar()  # in the logs of every silo
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # of several libraries, none of them documented
+        problem = f"model.start={str(folder)!r}: transformers cannot load it: {_reason(error)}"
+        raise ConfigError([problem]) from error
+    made: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ConfigError(
+            [f"model.start={str(folder)!r}: has no {', '.join(missing[:3])}; is it a causal LM?"]
+        )
+    return made
 
 
 def with_config(config: PretrainedConfig) -> PreTrainedModel:
@@ -290,8 +317,9 @@ def _config(
         config = AutoConfig.for_model(kind, **settings)
         config.vocab_size = vocabulary
         for key in _LENGTH_KEYS:
-            if hasattr(config, key):
-                setattr(config, key, sequence_tokens)
+            if hasattr(config, key):  # an open model keeps its reach
+                own = getattr(config, key) if model.start_fingerprint else 0
+                setattr(config, key, max(own, sequence_tokens))
     except Exception as error:  # transformers raises whatever the config's checks raise
         raise ConfigError([f"model.config (model_type={kind!r}): {_reason(error)}"]) from error
     problems = [*_unknown_settings(config, settings), *_indivisible(config), *_foreign(config)]

@@ -34,10 +34,12 @@ from dept_fl.config import FREE_ON_RESUME, Recipe, differences, recipe_from_json
 from dept_fl.downlink import Downlink
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
 from dept_fl.merge import Delta, Norms, Spool, holders, merged
-from dept_fl.model import Layout, initial_body, initial_embeddings, layout, seed_of
+from dept_fl.model import Layout, initial_embeddings, layout, seed_of
 from dept_fl.outer import OuterOptimizer
 from dept_fl.silo import Change, Registration, Task, Update
-from dept_fl.tokenizer import load_tokenizer
+from dept_fl.start import first_body, first_embeddings
+from dept_fl.tokenizer import Vocabulary, load_tokenizer
+from dept_fl.transfer import Target
 from dept_fl.variants import variant
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -165,7 +167,7 @@ class Server:
         self._variant = variant(recipe.variant)
         self._norms = Norms()
         self._fragments = self.layout.fragments(recipe.wire.fragments)
-        body = initial_body(recipe.model, recipe.sequence_tokens, self.layout, recipe.seed)
+        body = first_body(recipe, self.layout)
         tokens = self.layout.tokens if self._variant.embeddings_travel else {}
         self._outer = OuterOptimizer(recipe.outer, {**body, **self._embeddings()}, tokens)
         self._body_digest: str | None = None  # of what is published
@@ -439,9 +441,12 @@ class Server:
         if self.shared is None or not self._variant.embeddings_travel:
             return {}
         recipe, size = self.recipe, self.shared.size
-        return initial_embeddings(
-            recipe.model, size, recipe.sequence_tokens, self.layout, recipe.seed, owner=""
-        )
+        if not recipe.model.gives_embeddings:
+            return initial_embeddings(
+                recipe.model, size, recipe.sequence_tokens, self.layout, recipe.seed, owner=""
+            )
+        tokenizer = load_tokenizer(recipe.shared_tokenizer)
+        return first_embeddings(recipe, Target("", tokenizer, Vocabulary.whole(tokenizer)))
 
     # ---- checkpoint ------------------------------------------------------------------------
 

@@ -49,13 +49,13 @@ from dept_fl.model import (
     Layout,
     assemble,
     build,
-    initial_embeddings,
     layout,
     norm,
     parameters,
     seed_of,
 )
 from dept_fl.parallel import Workers
+from dept_fl.start import first_embeddings, open_model
 from dept_fl.tokenizer import (
     MODEL_FILE,
     SentencePieceTokenizer,
@@ -65,6 +65,7 @@ from dept_fl.tokenizer import (
     train_sentencepiece,
 )
 from dept_fl.train import Schedule, Sequences, Training, pick_device
+from dept_fl.transfer import Target
 from dept_fl.variants import variant
 
 
@@ -266,6 +267,7 @@ class Silo:
         """Make ready (tokenizer, token stream) and measure one step of training."""
         began = time.perf_counter()
         stream, tokenizer = self.stream, self.tokenizer
+        self.check_start()
         unigram = self.unigram_bits_per_byte
         prepare_s = time.perf_counter() - began
         return Registration(
@@ -285,6 +287,11 @@ class Silo:
             on_gpu=self._device.type == "cuda",
             rows=torch.from_numpy(stream.vocabulary.ids) if self._variant.rows_known else None,
         )
+
+    def check_start(self) -> None:
+        """Raise DeptError where an open model whose embeddings it starts from does not do."""
+        if self.recipe.model.gives_embeddings and not self._variant.embeddings_travel:
+            open_model(self.recipe)
 
     def train(self, task: Task) -> Update:
         """One round: evaluate the body that arrives, train, keep the state, return the deltas."""
@@ -479,12 +486,7 @@ class Silo:
     def _start_embeddings(self, task: Task, state: _State) -> Tensors:
         if self._variant.embeddings_travel:
             return task.embeddings
-        if state.embeddings:
-            return state.embeddings
-        recipe, size = self.recipe, self.stream.vocabulary.size
-        return initial_embeddings(
-            recipe.model, size, recipe.sequence_tokens, self.layout, recipe.seed, self.name
-        )
+        return state.embeddings or first_embeddings(self.recipe, Target.of(self))
 
     def _model(self, body: Tensors, embeddings: Tensors) -> PreTrainedModel:
         recipe, vocabulary = self.recipe, self.stream.vocabulary
@@ -570,7 +572,7 @@ class Silo:
 
 def has_shared_tokenizer(recipe: Recipe, home: Path) -> bool:
     """Whether `with_shared_tokenizer` finds its tokenizer there, and neither reads nor trains."""
-    if recipe.own_tokenizers or recipe.shared_tokenizer:
+    if recipe.own_tokenizers or recipe.common_tokenizer:
         return True
     silos = [Silo(name, recipe, home, "") for name in recipe.silo_names]
     if not all(silo.is_read for silo in silos):
@@ -581,12 +583,14 @@ def has_shared_tokenizer(recipe: Recipe, home: Path) -> bool:
 
 
 def with_shared_tokenizer(recipe: Recipe, home: Path) -> Recipe:
-    """The recipe with a tokenizer trained over the text of all silos, where it names none.
+    """The recipe with a shared tokenizer named: where it tells none, trained over all silos' text.
 
     Only a simulation can do this: it reads every silo's text.
     """
-    if recipe.own_tokenizers or recipe.shared_tokenizer:
+    if recipe.own_tokenizers:
         return recipe
+    if recipe.common_tokenizer:
+        return replace(recipe, shared_tokenizer=recipe.common_tokenizer)
     corpora = [Silo(name, recipe, home, "").corpus for name in recipe.silo_names]
     share = recipe.tokenizer_train_bytes // len(corpora)
     texts = chain.from_iterable(corpus.training_sample(share) for corpus in corpora)

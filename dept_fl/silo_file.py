@@ -36,6 +36,7 @@ _LOCAL = {
     "parallel": "parallel",
     "share_samples": "share_samples",
     "micro_batch_size": "inner.micro_batch_size",
+    "start": "model.start",
 }
 _SOURCE = [f.name for f in fields(SiloConfig)]
 KEYS = ["name", "home", *_SOURCE, *_LOCAL, "share_embeddings"]
@@ -67,6 +68,7 @@ _WORDS = {
     "sources": "several instead, by name, each with settings as above and a weight",
     "tokenizer": "one to adopt: SentencePiece .model, Hugging Face folder or name",
     "vocab_size": "pieces of the tokenizer that is trained on this text",
+    "start": "the open model that the federation starts from, where it asks",
     "tokenizer_train_bytes": "how much of the text it is trained on",
     "deduplicate": "drop documents that came before",
     "near_duplicates": "and those so similar to one before, such as 0.8; 0: none",
@@ -117,7 +119,15 @@ class SiloFile:
             raise ConfigError(
                 [f"{self.path}: tokenizer: missing; the federation shares one, name its file here"]
             )
-        if variant(own.variant).embeddings_travel and not self.share_embeddings:
+        travel = variant(own.variant).embeddings_travel
+        if own.model.gives_embeddings and not travel and not own.model.start:
+            raise ConfigError(
+                [
+                    f"{self.path}: start: missing; the federation starts from the embeddings of "
+                    f"{recipe.model.start!r}, name its folder or hub name on this machine here"
+                ]
+            )
+        if travel and not self.share_embeddings:
             raise ConfigError(
                 [
                     f"{self.path}: share_embeddings: false, but variant={own.variant} sends this "
@@ -218,7 +228,7 @@ def _defaults() -> dict[str, Any]:
     recipe = asdict(Recipe())
     own = {key: recipe[key] for key in _LOCAL if key in recipe}
     shares = {"share_samples": False, "share_embeddings": False}
-    return {**asdict(SiloConfig()), **own, **shares, "micro_batch_size": 0}
+    return {**asdict(SiloConfig()), **own, **shares, "micro_batch_size": 0, "start": ""}
 
 
 def _problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -266,6 +276,6 @@ def _placed(key: str, value: Any, folder: Path) -> Any:
         if isinstance(value, list):
             # An empty one would be the folder itself; what is no text is told with the others.
             return [absolute(f, folder) if f and isinstance(f, str) else f for f in value]
-    if key in ("tokenizer", "hub") and isinstance(value, str):
+    if key in ("tokenizer", "hub", "start") and isinstance(value, str):
         return path_if_there(value, folder)
     return value

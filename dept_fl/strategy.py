@@ -110,12 +110,12 @@ class DeptStrategy(Strategy):
     def _with_tokenizer(self, recipe: Recipe) -> Recipe:
         if recipe.own_tokenizers:
             return recipe
-        if not self._simulated and not recipe.shared_tokenizer:
+        if not self._simulated and not recipe.common_tokenizer:
             raise DeptError(
                 "tokenizer=shared without shared_tokenizer: only a simulation can train one over "
                 "all silos' text; name a file that every silo has"
             )
-        if not recipe.shared_tokenizer:
+        if not recipe.common_tokenizer:
             self._screen.line("making the shared tokenizer from all silos' text ...")
         return with_shared_tokenizer(recipe, self._home)
 
@@ -289,6 +289,8 @@ class DeptStrategy(Strategy):
         ]
         if server.round:
             words.insert(1, f"resumed behind round {server.round}")
+        if fingerprint := recipe.model.start_fingerprint:
+            words.append(f"start   {recipe.model.start} ({fingerprint[:12]})")
         self._screen.plan(costs, registrations, words)
         self._ledger.write(
             "plan",

@@ -132,6 +132,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise _unusable(name, "has no eos or sep token to end documents")
         self.end_id: int = end
         vocabulary = self._tokenizer.get_vocab()
+        if set(vocabulary.values()) <= self.specials():  # made up where its files are missing
+            raise _unusable(name, "has no pieces")
         self.size: int = max(vocabulary.values()) + 1
         self._byte_level = set(byte_level_alphabet()) <= vocabulary.keys()
         self.fingerprint = hashlib.sha256(f"{end} {backend.to_str()}".encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,14 @@ from dept_fl.auxiliary import Ids, Text, auxiliary, sparse_mix
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
-from dept_fl.final import Final
 from dept_fl.linear_map import Fit, best_fit, identity, least_squares, procrustes
 from dept_fl.model import Layout, initial_embeddings, layout, seed_of
-from dept_fl.silo import Silo
 from dept_fl.surface import Surface, SurfaceIndex, surfaces
 from dept_fl.tokenizer import Tokenizer, Vocabulary
+
+if TYPE_CHECKING:  # a silo itself starts from what is carried over
+    from dept_fl.final import Final
+    from dept_fl.silo import Silo
 
 METHODS = ("copy", "mix", "stitch", "matched", "random")
 ALIGNMENTS = ("measure", "identity", "procrustes")

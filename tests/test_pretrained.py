@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,9 @@ def test_a_folder_without_a_model(tmp_path: Path):
 # ---- Hugging Face folders ---------------------------------------------------------------------
 
 
-def save_tokenizer(folder: Path, size: int = 290) -> None:
+def save_tokenizer(
+    folder: Path, size: int = 290, texts: Iterable[str] = ("the leaf is under a small green tree",)
+) -> None:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -118,7 +120,7 @@ def save_tokenizer(folder: Path, size: int = 290) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["the leaf is under a small green tree"] * 5, trainer)
+    backend.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(folder)
 
 

@@ -64,6 +64,7 @@ GIVEN: dict[str, Any] = {
     "share_samples": True,
     "share_embeddings": True,
     "micro_batch_size": 2,
+    "start": "org/model",
 }
 SOURCES = {"files", "hub", "packages"}
 OF_THE_HUB = {"hub_validation_split", "hub_files", "hub_where"}  # refused without one
@@ -105,6 +106,7 @@ ELSEWHERE = {
     "sources",
     "micro_batch_size",
     "share_embeddings",
+    "start",
 }  # have tests of their own
 
 
