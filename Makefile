@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= $(or $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT),39091)
 
-.PHONY: demo test check bench format setup stop clean
+.PHONY: demo test check docs bench format setup stop clean
 
 demo: setup  ## pre-train across the demo's silos, everything written into this folder
 	DEPT_HOME="$(CURDIR)" $(BIN)/dept run conf/demo.yaml
@@ -17,11 +17,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not flower" -n auto --ma
 test: setup  ## all tests
 	$(PYTEST)
 
-check: setup  ## format, lint, types, tests
+check: setup docs  ## format, lint, types, documentation, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+# Its note on MkDocs 2 is of another version than the one that is pinned.
+docs: setup  ## the documentation as a site; every link and reference must be whole
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html; for its search: $(BIN)/python -m http.server -d site"
 
 BENCHMARKS := inner_step memory merge prepare round_overhead scale clock
 
@@ -41,7 +46,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 stop:  ## end the local SuperLink that a plain `flwr run .` leaves behind

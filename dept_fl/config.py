@@ -76,6 +76,8 @@ class DataConfig:
         validation_files: likewise, and then all of `files` is for training and these alone for
             validation; empty: a part of `files` by a digest of each document.
         hub: name of a hub data set, streamed; with `hub_config` and `hub_split`.
+        hub_config: which part of the hub data set, where it has several, such as a language.
+        hub_split: its split to read.
         hub_validation_split: the hub data set's own split for validation, in the same way.
         hub_files: which files of the hub data set make a split, SPLIT=PATTERN, where it does not
             tell itself: `validation=val.jsonl.zst`.
@@ -93,6 +95,7 @@ class DataConfig:
         min_characters, max_characters: leave out documents that are shorter, or longer; 0: none.
         sample_by: what one document of a .txt file is: the whole `document`, a `paragraph` or
             a `line`; `auto` takes whole files where there are many small ones, else paragraphs.
+        encoding: of .txt and .jsonl files.
         max_bytes: stop after this many bytes of documents; 0 takes all. Where validation has
             files or a split of its own, these are bounded by `validation_max_bytes` alone.
     """
@@ -198,6 +201,7 @@ class InnerConfig:
     Attributes:
         optimizer: `adamw` for all parameters, or `muon` (torch's own) for the body's matrices
             and AdamW for the rest.
+        learning_rate: the highest, behind the warm-up.
         embedding_learning_rate: highest rate of the embeddings; null: `learning_rate`.
         rewarm_steps: steps at the beginning of each round but the first over which the rate
             comes up to its schedule.
@@ -205,7 +209,13 @@ class InnerConfig:
         batch_size: sequences in one step.
         micro_batch_size: sequences in one forward pass of one process (gradient accumulation);
             0: all that a process has of a batch.
+        betas: of AdamW's moments.
+        weight_decay: decoupled, of matrices; norms and biases do not decay.
+        warmup_steps: steps of the whole run over which the rate rises from 0.
+        final_learning_rate_fraction: share of the highest rate that the cosine ends at.
+        clip_norm: gradients are scaled down to this norm.
         state: `keep` the optimiser's moments on the silo between rounds, or `reset` them.
+        precision: of forward and backward pass: `auto` is bf16 on a GPU that has it, else fp32.
         newcomer_steps: steps with the body frozen that a silo with fresh embeddings of its own
             takes before its first round, if that is not round 1: a trained body would otherwise
             first be pulled towards random embeddings.
@@ -243,6 +253,7 @@ class OuterConfig:
         embedding_learning_rate: of the token embeddings in GLOB and TRIM; null: `learning_rate`.
         merge: how deltas become one: the `mean` (paper), or for federations that do not trust
             every silo, coordinate by coordinate, the `median` or the `trimmed-mean`.
+        betas, epsilon: of `adam`.
         trim_fraction: share of the silos that the trimmed mean drops at either end.
         clip_delta: a silo's delta is scaled down to this many times the running median of the
             norms of deltas merged before; 0 never does.
@@ -292,6 +303,8 @@ class Recipe:
     """Everything a run depends on but its paths. Sent to the silos as JSON with each message.
 
     Attributes:
+        name: of the run; the folder of a new one begins with it.
+        seed: of everything that is drawn: parameters, batches, sampled silos, text.
         variant: `glob`, `trim` or `spec` (paper, section 2).
         tokenizer: `own` (one for each silo; with `spec` this is the paper's SPEC-OPT) or
             `shared`.
@@ -299,13 +312,18 @@ class Recipe:
             `model.start`, or trained over the text of all silos, which only a simulation can do.
         vocab_size: pieces of a tokenizer that is trained here.
         shared_vocab_size: the same of the shared one; 0 takes `vocab_size`.
+        tokenizer_train_bytes: how much text a tokenizer is trained on.
         sequence_tokens: L, tokens in one training sequence.
+        validation_fraction: share of a silo's documents kept for validation, where no files and
+            no split of its own are.
+        validation_max_bytes: but no more than so much text.
         silos: the silos of a simulation by name. In a deployment every silo is described by a
             file of its own (`silo_file.py`) and this is not read.
         only: restricts a run to some silos.
         without: silos that take no part any more, such as a partner that left; may change on
             resume.
         min_silos: a deployment's first round waits for so many silos.
+        rounds: T, how often the silos' work is merged.
         silos_per_round: how many silos are sampled for a round; 0 = all.
         quorum: least fraction of the sampled silos whose updates a round needs.
         patience: a deployment's round that has its quorum waits for the other silos until this
@@ -321,12 +339,14 @@ class Recipe:
             they share (an estimate of the Jaccard index), is at least this; 0 drops none.
         evaluate_every: silos evaluate the body that arrives in round 1 and every so many rounds
             behind it; the final body always.
+        device: `auto` takes a GPU where there is one.
         processes: that share each step of a silo's training, one on each of its GPUs; they give
             what one would give. Evaluation is the first GPU's.
         parallel: how they share it: `ddp`, with the whole model on each GPU, or `fsdp`, with a
             part of it on each.
         share_samples: whether silos send text that their model wrote to the server; null
             means yes in simulation; in a deployment the silo's file decides.
+        sample_tokens: length of that text.
         arms: what arms of a comparison (`dept compare`) have of their own, such as
             ``["std-* inner.learning_rate=4e-3"]``; nothing else reads it.
         trackers: that show a run's figures besides `metrics.jsonl` (`trackers.py`), each an extra

@@ -225,6 +225,11 @@ def test_the_servers_model_is_exported(
     silo = finished(recipe(f"{ALL_VARIANTS[variant]} rounds=1"), home, run_dir)
     made = export(global_model(run_dir, home), out)
     assert made.vocabulary == silo.tokenizer.size
+    again = out.with_name("again")
+    command = ["export", str(run_dir), "--global", "--home", str(home), "--out", str(again)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    files = [(folder / "model.safetensors").read_bytes() for folder in (out, again)]
+    assert files[0] == files[1]
     assert made.own_text.different == made.odd_strings.different == 0
     model, tokenizer = opened(out)
     text = next(silo.corpus.texts("train"))
@@ -252,6 +257,9 @@ def test_a_partner_exports_its_newest_final(recipe: Make, tmp_path: Path, out: P
     experiments = [silo.final_folder.parent.name for silo in (first, second)]
     newest = silo_at_home(settings, "")
     assert f"experiment {experiments[0]}, the newest of 2" in newest.source
+    done = CliRunner().invoke(app, ["export", "--silo-file", str(file), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert opened(out)[1].vocab_size == newest.model.tokenizer.size
     assert experiments[1] in silo_at_home(settings, experiments[1]).source
     with pytest.raises(DeptError, match=r"--experiment 0: no final model; there is "):
         silo_at_home(settings, "0")
