@@ -601,7 +601,8 @@ def _conditions(silo: str, source: DataConfig) -> list[_Condition]:
     for each in source.where:
         parts = CONDITION.fullmatch(each)
         assert parts is not None, each  # `source_problems` refuses others
-        found.append(_Condition(*parts.group("field", "sign", "value"), f"silos.{silo}.where"))
+        field, sign, value = parts.group("field", "sign", "value")
+        found.append(_Condition(field, sign, value, f"silos.{silo}.where"))
     return found
 
 
