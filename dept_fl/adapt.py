@@ -43,7 +43,7 @@ _STEPS_SHARE = 0.17  # the paper takes another 15 to 19 % of the steps
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left: the newest checkpoint of its server, or of a comparison's job.
+    """What a run left: a checkpoint of its server, or of a comparison's job.
 
     Attributes:
         embeddings: in GLOB, TRIM and STD; empty in SPEC.
@@ -57,13 +57,13 @@ class Run:
     experiment: str
 
 
-def load_run(run_dir: Path) -> Run:
-    """The newest checkpoint in a run's folder.
+def load_run(run_dir: Path, checkpoint: Path | None = None) -> Run:
+    """A checkpoint of a run; the newest in its folder, unless one is named.
 
     Raises:
         DeptError: there is none that can be read.
     """
-    tensors, meta = load_state(_newest(run_dir))
+    tensors, meta = load_state(checkpoint or _newest(run_dir))
     return Run(
         run_dir,
         _recipe_in(meta),

@@ -42,7 +42,7 @@ class Arm:
         Raises:
             ConfigError: the two do not go together.
         """
-        settings = {**self.settings, "only": base.silo_names, "without": []}
+        settings = {**self.settings, "only": base.silo_names, "without": [], "keep_best": False}
         if self.kind == "alone":  # the mean of one: training goes on where it was
             settings |= {"outer.optimizer": "average", "outer.merge": "mean"}
             settings |= {"outer.learning_rate": None, "outer.momentum": None}

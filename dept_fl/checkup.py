@@ -265,7 +265,8 @@ class Checkup:
         kept += body - body // wire.fragments  # of its own
         # To several processes and back go the model and its moments.
         passed = 2 * 3 * held if recipe.processes > 1 else 0
-        needed = _FP32_BYTES * (_KEPT_STATES * kept + held + passed)
+        models = (1 + recipe.keep_best) * held  # the final one, and the best
+        needed = _FP32_BYTES * (_KEPT_STATES * kept + models + passed)
         free = shutil.disk_usage(home).free
         words = f"{size(needed)} for the silo's states, {size(free)} free in {home}"
         facts = {"state_bytes": needed, "free_bytes": free}

@@ -42,6 +42,7 @@ FREE_ON_RESUME = frozenset(
         "share_samples",
         "sample_tokens",
         "evaluate_every",
+        "keep_best",
         "arms",
         "trackers",
         "model.start",
@@ -339,6 +340,9 @@ class Recipe:
             they share (an estimate of the Jaccard index), is at least this; 0 drops none.
         evaluate_every: silos evaluate the body that arrives in round 1 and every so many rounds
             behind it; the final body always.
+        keep_best: whether each silo keeps the best model that it has evaluated (and the server, in
+            GLOB and TRIM, the best body and embeddings) beside the last; `dept export --round
+            best` takes it. Costs disk, and a write whenever an evaluation is the best so far.
         device: `auto` takes a GPU where there is one.
         processes: that share each step of a silo's training, one on each of its GPUs; they give
             what one would give. Evaluation is the first GPU's.
@@ -380,6 +384,7 @@ class Recipe:
     validation_fraction: float = 0.05
     validation_max_bytes: int = 200_000
     evaluate_every: int = 1
+    keep_best: bool = True
     deduplicate: bool = True
     near_duplicates: float = 0.0
     device: str = "auto"
@@ -404,6 +409,11 @@ class Recipe:
     def round_tokens(self) -> int:
         """Tokens that a silo trains on in one round."""
         return self.inner.local_steps * self.inner.batch_size * self.sequence_tokens
+
+    @property
+    def first_model(self) -> int:
+        """The first round whose body is a model: round 0 has a drawn one, or an open model's."""
+        return 0 if self.model.start else 1
 
     def evaluates(self, rounds_done: int) -> bool:
         """Whether the body is evaluated behind so many rounds."""

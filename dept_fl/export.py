@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dept_fl.adapt import load_run
+from dept_fl.best import best_checkpoint, best_round
 from dept_fl.checkpoint import Tensors, round_folder, rounds_on_disk, whole_folder
 from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
@@ -22,6 +23,7 @@ from dept_fl.final import Final, open_final
 from dept_fl.model import Layout, layout
 from dept_fl.pretrained import Encoder, Pretrained, joined, of_final, used_tokens
 from dept_fl.report import Event, Ledger
+from dept_fl.silo import BEST, FINAL
 from dept_fl.silo_file import SiloFile
 from dept_fl.status import read
 from dept_fl.tokenizer import (
@@ -130,8 +132,8 @@ class Exported:
 # ---- what to export ------------------------------------------------------------------------
 
 
-def silo_of_run(run_dir: Path, silo: str, home: Path) -> Subject:
-    """A silo's final model, in simulation.
+def silo_of_run(run_dir: Path, silo: str, home: Path, best: bool = False) -> Subject:
+    """A silo's final model, in simulation, or the best of those that it evaluated.
 
     Raises:
         DeptError: naming what is missing.
@@ -149,38 +151,44 @@ def silo_of_run(run_dir: Path, silo: str, home: Path) -> Subject:
             f"{run_dir}: its run has not ended (round {done} of {plan['rounds']}); wait, or go on "
             "with it with --resume"
         )
-    folder = home / "silos" / silo / "state" / plan["experiment"] / "final"
+    folder = home / "silos" / silo / "state" / plan["experiment"] / FINAL
     if not folder.is_dir():
         raise DeptError(
             f"{folder}: silo {silo} kept no final model there; name the run's --home, or send it "
             "the final body with --resume"
         )
-    return _of_silo(folder, f"experiment {plan['experiment']}")
+    return _of_silo(folder, f"experiment {plan['experiment']}", best)
 
 
-def silo_at_home(file: SiloFile, experiment: str) -> Subject:
-    """A partner's final model; of several, the newest, unless an experiment is named.
+def silo_at_home(file: SiloFile, experiment: str, best: bool = False) -> Subject:
+    """A partner's final or best model; of several runs' the newest, unless one is named.
 
     Raises:
         DeptError: naming what is missing.
     """
     states = file.home / "silos" / file.name / "state"
-    finals = sorted(states.glob("*/final/state.json"), key=lambda each: each.stat().st_mtime)
+    finals = sorted(states.glob(f"*/{FINAL}/state.json"), key=lambda each: each.stat().st_mtime)
     found = {each.parents[1].name: each.parent for each in finals}
     if not found:
         raise DeptError(f"{states}: silo {file.name} has no final model; no run of its has ended")
     if not experiment:
         experiment = list(found)[-1]
         choice = f"experiment {experiment}" + f", the newest of {len(found)}" * (len(found) > 1)
-        return _of_silo(found[experiment], choice)
+        return _of_silo(found[experiment], choice, best)
     if experiment not in found:
         raise DeptError(f"--experiment {experiment}: no final model; there is {', '.join(found)}")
-    return _of_silo(found[experiment], f"experiment {experiment}")
+    return _of_silo(found[experiment], f"experiment {experiment}", best)
 
 
-def _of_silo(folder: Path, choice: str) -> Subject:
+def _of_silo(folder: Path, choice: str, best: bool) -> Subject:
     final = open_final(folder)
+    if best:
+        _check_kept(folder, final.meta)
+        if folder.with_name(BEST).is_dir():  # else the final model is the best
+            folder = folder.with_name(BEST)
+            final = open_final(folder)
     model, silo, meta = of_final(final), final.silo, final.meta
+    choice += f", round {meta['round']}"
     return Subject(
         name=f"silo {silo.name}",
         source=f"{folder} ({choice})",
@@ -193,6 +201,14 @@ def _of_silo(folder: Path, choice: str) -> Subject:
     )
 
 
+def _check_kept(where: Path, meta: Mapping[str, Any]) -> None:
+    if not meta["recipe"].get("keep_best", False):
+        raise DeptError(
+            f"{where}: its run kept no best model (keep_best=false, or an older version); only "
+            "--round last can be exported"
+        )
+
+
 def _least(final: Final, model: Pretrained) -> int:
     if model.vocabulary.size == model.tokenizer.size:
         return 0
@@ -200,13 +216,16 @@ def _least(final: Final, model: Pretrained) -> int:
     return int(np.load(file, allow_pickle=False)[model.vocabulary.ids].argmin())
 
 
-def global_model(run_dir: Path, home: Path) -> Subject:
+def global_model(run_dir: Path, home: Path, best: bool = False) -> Subject:
     """The server's model where embeddings travel, or that of a job of `dept adapt` or `compare`.
+
+    Args:
+        best: that of the round whose body predicted best, instead of the last.
 
     Raises:
         DeptError: naming what is missing.
     """
-    run = load_run(run_dir)
+    run, events = load_run(run_dir), Ledger(run_dir).read()
     recipe, rounds = run.recipe, rounds_on_disk(run_dir / "checkpoints")
     if not run.embeddings:
         raise DeptError(
@@ -218,6 +237,11 @@ def global_model(run_dir: Path, home: Path) -> Subject:
             f"{run_dir}: its run has not ended (round {rounds[-1]} of {recipe.rounds}); wait, or "
             "go on with it with --resume"
         )
+    source, evaluated = round_folder(run_dir / "checkpoints", rounds[-1]), events
+    if best and (kept := best_checkpoint(run_dir, events, recipe.first_model)):
+        run, source = load_run(run_dir, kept), kept
+        chosen = best_round(events, recipe.first_model)
+        evaluated = [event for event in events if event.get("round") == chosen]
     tokenizer = load_tokenizer(recipe.shared_tokenizer)
     try:
         whole = Vocabulary.whole(tokenizer)
@@ -229,15 +253,14 @@ def global_model(run_dir: Path, home: Path) -> Subject:
         ) from error
     names = recipe.silo_names
     texts = [text for name in names for text in _sample(home / "silos" / name)]
-    events = Ledger(run_dir).read()
     return Subject(
         name="global model",
-        source=str(round_folder(run_dir / "checkpoints", rounds[-1])),
+        source=str(source),
         recipe=recipe,
         model=model,
         text=texts,
         data=_all_data(events),
-        metrics=_all_metrics(events),
+        metrics=_all_metrics(evaluated),
     )
 
 

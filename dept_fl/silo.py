@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -20,7 +21,9 @@ from dept_fl.checkpoint import (
     Tensors,
     digest,
     drop_rounds_before,
+    load_meta,
     load_state,
+    remove_whole,
     round_folder,
     rounds_on_disk,
     save_state,
@@ -67,6 +70,8 @@ from dept_fl.tokenizer import (
 from dept_fl.train import Schedule, Sequences, Training, pick_device
 from dept_fl.transfer import Target
 from dept_fl.variants import variant
+
+FINAL, BEST = "final", "best"  # folders of the models that a silo keeps
 
 
 @dataclass(frozen=True)
@@ -305,8 +310,12 @@ class Silo:
         settle_s = time.perf_counter() - began - load_s
         due = self.recipe.evaluates(task.round - 1)
         arrived = _evaluation_metrics(self._evaluate(model)) if due else {}
-        self._go_on_with_own(model, task, state)
         evaluate_s = time.perf_counter() - began - load_s - settle_s
+        keeping = time.perf_counter()
+        if due:
+            self._keep_if_best(model, task.round - 1, arrived)
+        keep_s = time.perf_counter() - keeping
+        self._go_on_with_own(model, task, state)
         training = self._train(model, task, state)
         saving = time.perf_counter()
         body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
@@ -325,7 +334,7 @@ class Silo:
             "settle_s": settle_s,
             "evaluate_s": evaluate_s,
             "encode_s": encode_s,
-            "save_s": save_s,
+            "save_s": keep_s + save_s,
             "body_norm": norm(task.body),
             "embedding_norm": norm(embeddings),
             **norms,
@@ -345,13 +354,46 @@ class Silo:
         embeddings = self._start_embeddings(task, state)
         model = self._model(task.body, embeddings)
         metrics = _evaluation_metrics(self._evaluate(model))
-        tensors = {**with_prefix("body", task.body), **with_prefix("embeddings", embeddings)}
-        facts = {"recipe": json.loads(self.recipe.to_json()), "data": self._data_facts()}
-        meta = {**self._tags(task.round - 1), **facts, "metrics": metrics}
-        save_state(self.final_folder, tensors, meta)
+        self._keep(self.final_folder, task.round - 1, task.body, embeddings, metrics)
+        if self._best_before(task.round - 1) >= metrics["bits_per_byte"]:
+            remove_whole(self.best_folder)  # the final model is the best
         text = self._sample(model)
         write_whole(self.final_folder / "sample.txt", text)
         return metrics, text, state.warning
+
+    def _keep_if_best(
+        self, model: PreTrainedModel, round_: int, metrics: Mapping[str, float]
+    ) -> None:
+        """Keep a model that has just been evaluated, unless one of before was as good."""
+        if round_ < self.recipe.first_model or not self.recipe.keep_best:
+            return
+        if metrics["bits_per_byte"] < self._best_before(round_):
+            own = {n: p.detach().cpu() for n, p in parameters(model).items()}
+            self._keep(self.best_folder, round_, *self.layout.split(own), metrics)
+
+    def _best_before(self, round_: int) -> float:
+        """Bits per byte of the best model kept; infinity where there is none.
+
+        One that a round behind this one has left is of rounds which are done again.
+        """
+        try:
+            meta = load_meta(self.best_folder)
+        except (DeptError, OSError, ValueError):
+            return math.inf
+        return float(meta["metrics"]["bits_per_byte"]) if meta["round"] < round_ else math.inf
+
+    def _keep(
+        self,
+        folder: Path,
+        round_: int,
+        body: Tensors,
+        embeddings: Tensors,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Write a whole model of the silo's, with its evaluation."""
+        tensors = {**with_prefix("body", body), **with_prefix("embeddings", embeddings)}
+        facts = {"recipe": json.loads(self.recipe.to_json()), "data": self._data_facts()}
+        save_state(folder, tensors, {**self._tags(round_), **facts, "metrics": metrics})
 
     def _data_facts(self) -> dict[str, int]:
         """Counts for whoever gets the model, and no text."""
@@ -368,10 +410,15 @@ class Silo:
     @property
     def final_folder(self) -> Path:
         """Where `finish` keeps the final body, the silo's embeddings and the sample."""
-        return self._states / "final"
+        return self._states / FINAL
+
+    @property
+    def best_folder(self) -> Path:
+        """Likewise, the best model of those evaluated, where that is not the final one."""
+        return self._states / BEST
 
     def drop_rounds(self) -> None:
-        """Drop the state of all rounds, without which training cannot go on; `final` stays."""
+        """Drop the state of all rounds, without which training cannot go on; models stay."""
         drop_rounds_before(self._states, self.recipe.rounds + 1)
 
     # ---- the steps of a round -------------------------------------------------------------

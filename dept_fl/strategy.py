@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from dept_fl import records
+from dept_fl.best import best_round, keep_checkpoint
 from dept_fl.config import Recipe, require_silos
 from dept_fl.cost import cost
 from dept_fl.errors import BadUpdate, DeptError
@@ -199,6 +200,7 @@ class DeptStrategy(Strategy):
         # drops what was written behind its checkpoint.
         self._rows.sort(key=lambda row: str(row["silo"]))
         self._write_round(clipped, merge_s=saving - merging, seconds=seconds)
+        self._keep_if_best(self._server.round - 1)
         self._server.save(self._run_dir)
         shutil.rmtree(self._run_dir / "spool")
         self._ledger.write("checkpoint", round=self._server.round, save_s=time.monotonic() - saving)
@@ -209,6 +211,17 @@ class DeptStrategy(Strategy):
         self._screen.round(self._rows, f"{title}; left: about {rest}" if left else title)
         if self._merge.missing:
             self._screen.line(f"  without {', '.join(self._merge.missing)}")
+
+    def _keep_if_best(self, evaluated: int) -> None:
+        """Of the round whose body was evaluated last, in GLOB and TRIM, whose server has a model.
+
+        Called before its checkpoint is dropped; a kill behind this does the round again.
+        """
+        recipe = self._recipe
+        if not (recipe.keep_best and self._server.embeddings and recipe.evaluates(evaluated)):
+            return
+        if best_round(self._ledger.read(), recipe.first_model) == evaluated:
+            keep_checkpoint(self._run_dir, evaluated)
 
     def _write_round(self, clipped: dict[str, float], merge_s: float, seconds: float) -> None:
         this = self._server.round

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,13 @@ from dept_fl.progress import Progress
 from dept_fl.report import harmless
 
 app = typer.Typer()
+
+
+class Which(StrEnum):
+    """Of the models of a run."""
+
+    last = "last"
+    best = "best"
 
 
 @app.command(rich_help_panel=USE)
@@ -37,10 +45,13 @@ def export(
     experiment: Annotated[
         str, typer.Option(help="of a partner's models", show_default="the newest")
     ] = "",
+    which: Annotated[
+        Which, typer.Option("--round", help="the last, or the best that was evaluated")
+    ] = Which.last,
     home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """Write a final model as an ordinary Hugging Face folder, with tokenizer and model card.
+    """Write a model of a run as an ordinary Hugging Face folder, with tokenizer and model card.
 
     Example: dept export runs/demo-spec-opt-20261121-065532 --silo fr --out model
     """
@@ -50,7 +61,7 @@ def export(
         raise DeptError("give RUN_DIR with --silo NAME or --global, or --silo-file FILE alone")
     if experiment and silo_file is None:
         raise DeptError("--experiment: goes with --silo-file; a run has but one")
-    progress = Progress()
+    progress, best = Progress(), which is Which.best
     with progress.stage("starting"):
         from dept_fl import export as exporting
         from dept_fl.silo_file import load_silo_file
@@ -58,12 +69,12 @@ def export(
     def subject() -> exporting.Subject:
         if silo_file is not None:
             file = load_silo_file(silo_file.expanduser().absolute())
-            return exporting.silo_at_home(file, experiment)
+            return exporting.silo_at_home(file, experiment, best)
         assert run_dir is not None
         folder, place = run_dir.expanduser().absolute(), home_of(home)
         if shared:
-            return exporting.global_model(folder, place)
-        return exporting.silo_of_run(folder, silo, place)
+            return exporting.global_model(folder, place, best)
+        return exporting.silo_of_run(folder, silo, place, best)
 
     found = progress.during("loading the model", subject)
     target = out.expanduser().absolute()
