@@ -164,6 +164,7 @@ def show(found: Outlook) -> None:
     console.print(table(head, rows))
     for silo in found.silos:
         console.print(f"  {silo.silo}: {silo.dropped}")
+    console.print()
     console.print(_bytes_per_token(found.silos))
     for silo in found.silos:
         if silo.sources:
