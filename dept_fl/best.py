@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
 from dept_fl.checkpoint import load_meta, round_folder, whole_folder
 from dept_fl.errors import DeptError
@@ -15,8 +16,9 @@ from dept_fl.report import Event
 def best_round(events: Iterable[Event], first: int = 1) -> int | None:
     """The round whose body predicts best of those that silos have evaluated; the earlier of equals.
 
-    What counts is the mean over silos of bits per byte over the silo's unigram floor, so that it
-    matters less which silos were sampled in a round.
+    What counts is the median over silos of bits per byte over the silo's unigram floor: the floor,
+    so that it matters less which silos were sampled in a round; the median, so that no silo alone
+    chooses the round by what it writes.
 
     Args:
         events: of the run's ledger.
@@ -26,9 +28,9 @@ def best_round(events: Iterable[Event], first: int = 1) -> int | None:
     for event in events:
         if event["event"] == "silo_eval" and event["round"] >= first:
             floor = event["unigram_bits_per_byte"]
-            if floor > 0:  # a silo can write anything
+            if floor > 0:
                 shares.setdefault(event["round"], []).append(event["bits_per_byte"] / floor)
-    return min(shares, key=lambda r: (sum(shares[r]) / len(shares[r]), r), default=None)
+    return min(shares, key=lambda round_: (median(shares[round_]), round_), default=None)
 
 
 def best_folder(run_dir: Path) -> Path:

@@ -413,7 +413,8 @@ class Recipe:
     @property
     def first_model(self) -> int:
         """The first round whose body is a model: round 0 has a drawn one, or an open model's."""
-        return 0 if self.model.start else 1
+        # Not `start`, which at a partner is the partner's own word.
+        return 0 if self.model.start_fingerprint else 1
 
     def evaluates(self, rounds_done: int) -> bool:
         """Whether the body is evaluated behind so many rounds."""
