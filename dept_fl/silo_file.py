@@ -45,7 +45,7 @@ KEYS = ["name", "home", *_SOURCE, *_LOCAL, "share_embeddings"]
 _WORDS = {
     "name": "under which the federation knows this silo",
     "home": "where its cleaned text, tokenizer, embeddings and state lie",
-    "files": "files, folders, patterns: .txt, .jsonl, .parquet, .csv, compressed",
+    "files": "files, folders, patterns: .txt, .jsonl, .parquet, .csv, packed",
     "validation_files": "those for validation; none: a part of files",
     "hub": "a hub data set, streamed, instead of files",
     "hub_config": "of the hub data set",
@@ -65,7 +65,7 @@ _WORDS = {
     "sample_by": "what a .txt file is cut into: document, paragraph, line, auto",
     "encoding": "of .txt and .jsonl files",
     "max_bytes": "stop after so many bytes of documents; 0: take all",
-    "sources": "several instead, by name, each with settings as above and a weight",
+    "sources": "several instead, by name, each with its settings and a weight",
     "tokenizer": "one to adopt: SentencePiece .model, Hugging Face folder or name",
     "vocab_size": "pieces of the tokenizer that is trained on this text",
     "start": "the open model that the federation starts from, where it asks",

@@ -183,6 +183,7 @@ def started(*words: str, before: str = "") -> subprocess.Popen[str]:
     code = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
 {before}
 from dept_fl.__main__ import main
 sys.argv = ["dept", *{list(words)!r}]

@@ -573,7 +573,7 @@ BAD_OVERRIDES = [
     ("model.preset=nope", "model.preset='nope': no such preset; presets: gpt2-125m"),
     ("model.preset=nope.yaml", "model.preset='nope.yaml': no such preset"),
     ("model.preset=gpt2-125m", "model.config.model_type='llama': model.preset='gpt2-125m' is of"),
-    ("model.config={}", "model: set model.preset (a file of conf/models) or"),
+    ("model.config={}", "model: set model.preset (a file of conf/models), model.config"),
     ("model.config.model_type=null", "model: set model.preset"),
     ("model.config.model_type=3", "model: set model.preset"),
 ]
@@ -597,7 +597,7 @@ BAD_FILES = [
     ("just a word\n", "just a word: no such setting"),
     ("name: ${nope}\n", "not readable as YAML: Interpolation key 'nope' not found"),
     ("name: ${name}\n", "not readable as YAML"),
-    ("", "model: set model.preset (a file of conf/models) or model.config.model_type"),
+    ("", "model: set model.preset (a file of conf/models), model.config.model_type, or"),
     (SILO, "model: set model.preset"),
     (MODEL + "silos: [ant]\n", "silos=['ant']: must be a mapping of silos by name"),
     (MODEL + "silos: {ant: }\n", "silos.ant: a silo needs a mapping"),

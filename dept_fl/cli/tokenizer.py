@@ -18,7 +18,13 @@ from dept_fl.report import harmless, table
 if TYPE_CHECKING:
     from dept_fl.workbench import Card, Comparison
 
-app = typer.Typer(no_args_is_help=True, help="Train, look at and compare tokenizers.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Train, look at and compare tokenizers.
+
+    Example: dept tokenizer show fr-tokenizer
+    """,
+)
 
 _SHOWN = 8  # specials and odd strings
 
@@ -41,7 +47,7 @@ def tokenizer_train(
 ) -> None:
     """Train a lossless tokenizer, as silos train theirs (SentencePiece unigram, byte fall-back).
 
-    Example: dept tokenizer train 'texts/*.jsonl' --out fr-tokenizer --vocab-size 16000
+    Example: dept tokenizer train 'texts/*.jsonl' --out fr --vocab-size 16000
     """
     progress = Progress()
     with progress.stage("starting"):  # PyTorch takes seconds
@@ -88,7 +94,7 @@ def tokenizer_compare(
 ) -> None:
     """Compare tokenizers on the same text: bytes per token, what is lost, pieces in common.
 
-    Example: dept tokenizer compare fr-tokenizer shared.model --data 'texts/*.jsonl'
+    Example: dept tokenizer compare fr shared.model --data 'texts/*.jsonl'
     """
     if len(names) < 2:
         raise DeptError("name two tokenizers or more; `dept tokenizer show` looks at one")
