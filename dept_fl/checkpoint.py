@@ -33,11 +33,14 @@ _STALE_S = 86_400.0
 
 
 @contextmanager
-def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """A new folder to fill that appears at `target` in one step when the block ends well.
 
     Where another process was first, its folder stands and this one is dropped, unless
     `overwrite` is set. A block that fails, or a process that is killed, leaves no `target`.
+
+    Args:
+        durable: wait until the disk has it, so that it outlives the machine's power as well.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
@@ -45,12 +48,24 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
-        for path in (*draft.rglob("*"), draft):
-            _to_disk(path)
+        if durable:
+            _contents_to_disk(draft)
         _move(draft, target, overwrite)
-        _to_disk(target.parent)
+        if durable:
+            _to_disk(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def make_durable(folder: Path) -> None:
+    """Wait until the disk has a folder that was written without waiting."""
+    _contents_to_disk(folder)
+    _to_disk(folder.parent)
+
+
+def _contents_to_disk(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _to_disk(path)
 
 
 @contextmanager
@@ -162,11 +177,20 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-able facts to `folder`, atomically, with a checksum."""
+def save_state(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    durable: bool = True,
+) -> None:
+    """Write tensors and JSON-able facts to `folder`, atomically, with a checksum.
+
+    Args:
+        durable: as in `whole_folder`.
+    """
     from safetensors.torch import save_file
 
-    with whole_folder(folder, overwrite=True) as draft:
+    with whole_folder(folder, overwrite=True, durable=durable) as draft:
         save_file(_apart(tensors), draft / _TENSORS)
         facts = {**meta, "format": _FORMAT, "sha256": _sha256(draft / _TENSORS)}
         whole = {**facts, "meta_sha256": _digest(facts)}

@@ -23,6 +23,7 @@ from dept_fl.checkpoint import (
     drop_rounds_before,
     load_meta,
     load_state,
+    make_durable,
     remove_whole,
     round_folder,
     rounds_on_disk,
@@ -369,7 +370,7 @@ class Silo:
             return
         if metrics["bits_per_byte"] < self._best_before(round_):
             own = {n: p.detach().cpu() for n, p in parameters(model).items()}
-            self._keep(self.best_folder, round_, *self.layout.split(own), metrics)
+            self._keep(self.best_folder, round_, *self.layout.split(own), metrics, durable=False)
 
     def _best_before(self, round_: int) -> float:
         """Bits per byte of the best model kept; infinity where there is none.
@@ -389,11 +390,12 @@ class Silo:
         body: Tensors,
         embeddings: Tensors,
         metrics: Mapping[str, float],
+        durable: bool = True,
     ) -> None:
         """Write a whole model of the silo's, with its evaluation."""
         tensors = {**with_prefix("body", body), **with_prefix("embeddings", embeddings)}
         facts = {"recipe": json.loads(self.recipe.to_json()), "data": self._data_facts()}
-        save_state(folder, tensors, {**self._tags(round_), **facts, "metrics": metrics})
+        save_state(folder, tensors, {**self._tags(round_), **facts, "metrics": metrics}, durable)
 
     def _data_facts(self) -> dict[str, int]:
         """Counts for whoever gets the model, and no text."""
@@ -605,7 +607,13 @@ class Silo:
             tensors |= with_prefix("optimizer", training.optimizer)
         taken = self.recipe.inner.local_steps * self.recipe.inner.batch_size
         meta = {**self._tags(task.round), "position": state.position + taken}
-        save_state(round_folder(self._states, task.round), tensors, meta)
+        before = round_folder(self._states, task.start_round)
+        has_older = before.is_dir()
+        # If the machine's power fails now, the state before takes this one's place (`_state`): that
+        # one has had a round's time to reach the disk, so that waiting for it takes none.
+        save_state(round_folder(self._states, task.round), tensors, meta, durable=not has_older)
+        if has_older:
+            make_durable(before)
         drop_rounds_before(self._states, min(task.keep_from, task.start_round))
 
     def try_step(self) -> Training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from dept_fl.report import Ledger
 from dept_fl.rounds import Server, pretrain
 from dept_fl.silo import Silo
 from dept_fl.strategy import DeptStrategy
-from tests.federation import InProcessGrid, same, start
+from tests.federation import InProcessGrid, same, start, train_round
 
 Make = Callable[..., Recipe]
 
@@ -83,6 +84,26 @@ def test_where_the_newest_state_is_damaged_the_one_before_is_used(
     assert expected.warning == ""
     assert "round-00002" in found.warning
     assert "going on from its state of round 1" in found.warning
+
+
+def test_behind_a_power_cut_a_silo_has_what_it_may_start_from(
+    recipe: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its first state is on the disk at once, each other one behind the next round."""
+    server, silos = start(recipe("rounds=4"), home)
+    ant, synced = silos["ant"], set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+
+    def is_on_disk(folder: Path) -> bool:
+        return {path.stat().st_ino for path in (folder, *folder.iterdir())} <= synced
+
+    for round_ in range(1, 5):
+        train_round(server, silos)
+        kept = {r: is_on_disk(round_folder(ant._states, r)) for r in rounds_on_disk(ant._states)}
+        assert kept == {r: r == 1 or r < round_ for r in kept}
+        assert max(kept) == round_
+    ant.finish(server.task("ant"))
+    assert is_on_disk(ant.final_folder)
 
 
 def test_without_an_older_state_the_silo_says_what_it_needs(recipe: Make, home: Path):
