@@ -1,7 +1,8 @@
 """Seconds, bytes and memory of a round over a real deployment, beside Flower's FedAvg.
 
 python -m benchmarks.clock [--parameters 100e6] [--silos 4] [--rounds 3]
-                           [--wires fp32,bf16,int8,int4] [--json FILE] [--quick]
+                           [--wires fp32,bf16,int8,int4] [--nvflare PYTHON]
+                           [--json FILE] [--quick]
 
 A SuperLink and SuperNodes on loopback, all on this machine. First FedAvg, with clients that send
 back what arrives plus a number for each array: without and with the libraries that a client loads
@@ -10,6 +11,14 @@ with each codec, with silos that train one step on one short sequence, so that t
 dominates. Rounds are timed where the server app runs, from the first message to the merged body and
 its checkpoint; the first of a run is left out, since it sends the body whole. Training (evaluation,
 too) is told apart.
+
+--nvflare names the Python of an environment where NVFlare is installed, and adds a row of its own
+FedAvg: a server and a process for each client on loopback, full weights in float32 both ways
+(benchmarks/nvflare_peer.py tells the settings). Its clients keep one process for all rounds, where
+Flower starts one for each message, and wait two seconds before they ask for the next task. Its
+rounds end with the merged model; its bytes are those of the arrays' numbers; what stands as
+SuperLink and ServerApp are its server, through which all passes, and the server's process of the
+job.
 """
 
 from __future__ import annotations
@@ -18,16 +27,17 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import median
 
 import psutil
 
-from benchmarks.processes import held_bytes, repeated
+from benchmarks import nvflare_peer
+from benchmarks.processes import server_peaks
 from benchmarks.round_overhead import cores
 from dept_fl.config import load_recipe
 from dept_fl.jobs import about
@@ -40,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FEDAVG, LOADED = "FedAvg", "FedAvg, libraries loaded"
 # The downlink's codec by the uplink's: 4 bits are for deltas that come with error feedback.
 DOWN = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
-_LOOK_EVERY_S = 0.1
+Shapes = dict[str, tuple[int, ...]]
 _STEP = ("evaluate_s", "train_s")
 _AROUND = ("load_s", "settle_s", "encode_s", "save_s")
 
@@ -183,6 +193,7 @@ def main() -> None:
     parser.add_argument("--silos", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="2 or more; the first is left out")
     parser.add_argument("--wires", default=",".join(DOWN), help=f"of {', '.join(DOWN)}")
+    parser.add_argument("--nvflare", type=Path, help="Python of an environment with NVFlare")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="6 M parameters, 2 silos, 4 bits")
     options = parser.parse_args()
@@ -190,10 +201,16 @@ def main() -> None:
     wires = options.wires.split(",")
     if options.quick:
         size, wires = Size.of(6e6, silos=2, rounds=2), ["int4"]
+    runs: list[Callable[[], Event]] = [partial(measure, wire, size) for wire in (FEDAVG, LOADED)]
+    if options.nvflare:
+        name = f"NVFlare FedAvg {nvflare_peer.version(options.nvflare)}"
+        runs.append(partial(measure_nvflare, name, options.nvflare, size))
+    runs += [partial(measure, wire, size) for wire in wires]
     rows = []
-    for wire in (FEDAVG, LOADED, *wires):
-        rows.append(measure(wire, size))
-        print(f"{wire}: {rows[-1]['seconds']:.1f} s a round", file=sys.stderr, flush=True)
+    for run in runs:
+        rows.append(run())
+        told = f"{rows[-1]['wire']}: {rows[-1]['seconds']:.1f} s a round"
+        print(told, file=sys.stderr, flush=True)
     print(table(rows))
     if options.json:
         facts = {"machine": about("python -m benchmarks.clock"), "rows": rows}
@@ -204,10 +221,7 @@ def measure(wire: str, size: Size) -> Event:
     """One run of FedAvg, or of this project with a codec, in a federation of its own."""
     with tempfile.TemporaryDirectory(prefix="dept-clock-") as name:
         folder = Path(name)
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(size.recipe(wire if wire in DOWN else "fp32"))
-        loaded = load_recipe(recipe)
-        shapes = layout(loaded.model, loaded.sequence_tokens).body
+        recipe, shapes = write_recipe(folder, size, wire if wire in DOWN else "fp32")
         threads = str(max(1, cores() // size.silos))  # so that silos do not wait for each other's
         with Federation(folder, secure=False) as federation:
             link = federation.superlink()
@@ -215,21 +229,44 @@ def measure(wire: str, size: Size) -> Event:
                 node = f'silo="{silo_file(folder, i)}"'
                 federation.supernode(f"node-{i}", node, OMP_NUM_THREADS=threads)
             federation.wait_until_online(size.silos)
-            with peaks(psutil.Process(link.process.pid)) as memory:
+            with server_peaks(psutil.Process(link.process.pid), "flwr-serverapp") as memory:
                 if wire in DOWN:
                     rounds = ours(federation, recipe)
                 else:
                     rounds = fedavg(federation, shapes, size, loads=wire == LOADED)
-        body = 4 * sum(map(prod, shapes.values()))
-        kept = rounds[1:]
-        return {
-            "wire": wire,
-            "silos": size.silos,
-            "parameters": body // 4,
-            **{key: median(each[key] for each in kept) for key in kept[0]},
-            **{f"{name}_bytes": most for name, most in memory.items()},
-            "rounds": rounds,
-        }
+        return row(wire, size, shapes, rounds, memory)
+
+
+def measure_nvflare(name: str, python: Path, size: Size) -> Event:
+    """One run of NVFlare's FedAvg, with the same arrays."""
+    with tempfile.TemporaryDirectory(prefix="dept-clock-") as made:
+        folder = Path(made)
+        _, shapes = write_recipe(folder, size, "fp32")
+        rounds, memory = nvflare_peer.fedavg(python, folder, shapes, size.silos, size.rounds)
+        return row(name, size, shapes, [{**each, "step_s": 0.0} for each in rounds], memory)
+
+
+def write_recipe(folder: Path, size: Size, wire: str) -> tuple[Path, Shapes]:
+    """A recipe's file, and the shapes of its body."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(size.recipe(wire))
+    loaded = load_recipe(recipe)
+    return recipe, layout(loaded.model, loaded.sequence_tokens).body
+
+
+def row(
+    wire: str, size: Size, shapes: Shapes, rounds: list[Event], memory: dict[str, int]
+) -> Event:
+    """The medians of a run's rounds but the first, with what was measured of it all."""
+    kept = rounds[1:]
+    return {
+        "wire": wire,
+        "silos": size.silos,
+        "parameters": sum(map(prod, shapes.values())),
+        **{key: median(each[key] for each in kept) for key in kept[0]},
+        **{f"{name}_bytes": most for name, most in memory.items()},
+        "rounds": rounds,
+    }
 
 
 def silo_file(folder: Path, number: int) -> Path:
@@ -244,9 +281,7 @@ def silo_file(folder: Path, number: int) -> Path:
     return file
 
 
-def fedavg(
-    federation: Federation, shapes: dict[str, tuple[int, ...]], size: Size, loads: bool
-) -> list[Event]:
+def fedavg(federation: Federation, shapes: Shapes, size: Size, loads: bool) -> list[Event]:
     """Seconds and bytes by round."""
     app = federation.folder / "clock-fedavg"
     app.mkdir()
@@ -292,22 +327,6 @@ def round_of(events: list[Event]) -> Event:
 
 def one(events: list[Event], kind: str) -> Event:
     return next(each for each in events if each["event"] == kind)
-
-
-@contextmanager
-def peaks(superlink: psutil.Process) -> Iterator[dict[str, int]]:
-    """The most bytes that the SuperLink, and the run's ServerApp, hold for themselves."""
-    most = {"superlink": 0, "serverapp": 0}
-
-    def look() -> None:
-        most["superlink"] = max(most["superlink"], held_bytes(superlink.pid))
-        for each in superlink.children(recursive=True):
-            with suppress(OSError, RuntimeError, psutil.Error):  # it is just ending
-                if any("flwr-serverapp" in word for word in each.cmdline()):
-                    most["serverapp"] = max(most["serverapp"], held_bytes(each.pid))
-
-    with repeated(look, _LOOK_EVERY_S):
-        yield most
 
 
 def table(rows: list[Event]) -> str:

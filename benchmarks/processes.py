@@ -16,6 +16,7 @@ import psutil
 from dept_fl.local import end_tree
 
 _LOOK_EVERY_S = 0.5
+_LOOK_AT_SERVER_EVERY_S = 0.1
 
 
 def held_bytes(process: int | str = "self") -> int:
@@ -42,6 +43,28 @@ def repeated(look: Callable[[], None], every_s: float) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+
+
+@contextmanager
+def server_peaks(server: psutil.Process, app: str) -> Iterator[dict[str, int]]:
+    """The most bytes that a SuperLink, and the run's ServerApp, hold for themselves.
+
+    Or those of another framework's server, and of the process that it starts for a run.
+
+    Args:
+        app: part of a word in the command line of that process.
+    """
+    most = {"superlink": 0, "serverapp": 0}
+
+    def look() -> None:
+        most["superlink"] = max(most["superlink"], held_bytes(server.pid))
+        for each in server.children(recursive=True):
+            with suppress(OSError, RuntimeError, psutil.Error):  # it is just ending
+                if any(app in word for word in each.cmdline()):
+                    most["serverapp"] = max(most["serverapp"], held_bytes(each.pid))
+
+    with repeated(look, _LOOK_AT_SERVER_EVERY_S):
+        yield most
 
 
 @dataclass

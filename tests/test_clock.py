@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.clock import DOWN, FEDAVG, Size, round_of, table
+from benchmarks.clock import DOWN, FEDAVG, Size, round_of, row, table
+from benchmarks.nvflare_peer import write_job
 from dept_fl.config import load_recipe
 from dept_fl.model import layout
 from dept_fl.report import Event
@@ -61,3 +64,42 @@ def test_the_rest_of_a_round_is_told_as_a_share_of_fedavgs():
         {**common, "wire": "int4", "seconds": 22.0, "step_s": 2.0, **parts},
     ]
     assert "| int4 | 22.0 | 2.0 | 0.25 |" in table(rows)
+
+
+def test_the_first_round_is_left_out_and_the_rest_told_by_their_median():
+    rounds: list[Event] = [
+        {"seconds": seconds, "up": 10, "down": down}
+        for seconds, down in ((90.0, 80), (3.0, 20), (7.0, 20), (4.0, 20))
+    ]
+    size = Size.of(3e6, silos=2, rounds=4)
+    found = row("int4", size, {"a": (2, 3), "b": (5,)}, rounds, {"superlink": 1, "serverapp": 2})
+    assert found == {
+        "wire": "int4",
+        "silos": 2,
+        "parameters": 11,
+        "seconds": 4.0,
+        "up": 10,
+        "down": 20,
+        "superlink_bytes": 1,
+        "serverapp_bytes": 2,
+        "rounds": rounds,
+    }
+
+
+def test_a_job_for_nvflare_names_what_it_brings_along(tmp_path: Path):
+    job, out = tmp_path / "job", tmp_path / "rounds.jsonl"
+    write_job(job, out, {"a": (2, 3)}, silos=3, rounds=5)
+    server, client = (
+        json.loads((job / f"app/config/config_fed_{side}.json").read_text())
+        for side in ("server", "client")
+    )
+    workflow = server["workflows"][0]
+    given = workflow["args"]
+    assert (given["num_clients"], given["num_rounds"], given["out"]) == (3, 5, str(out))
+    assert json.loads(Path(given["shapes"]).read_text()) == {"a": [2, 3]}
+    custom = job / "app" / "custom"
+    module, name = workflow["path"].split(".")
+    code = ast.parse((custom / f"{module}.py").read_text())
+    assert name in [each.name for each in code.body if isinstance(each, ast.ClassDef)]
+    script = client["executors"][0]["executor"]["args"]["task_script_path"]
+    assert (custom / script).is_file()
