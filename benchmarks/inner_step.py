@@ -1,7 +1,7 @@
 """Tokens a second of the inner loop beside a plain PyTorch loop, and nanoGPT's, in one run.
 
-python -m benchmarks.inner_step [--json FILE] [--quick] [--nanogpt FOLDER] [--compile]
-                                [--peak-tflops 989]
+python -m benchmarks.inner_step [--models gpt2-125m,...] [--nanogpt FOLDER] [--compile]
+                                [--peak-tflops 989] [--json FILE] [--quick]
 
 The plain loop is what one would write by hand: the same transformers model, whole logits, fused
 AdamW, clipping, the same batches. --nanogpt names a clone of github.com/karpathy/nanoGPT, whose
@@ -54,13 +54,17 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the GPU, in bf16")
+    parser.add_argument("--models", default="", help="some of the presets alone, comma-separated")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="two small cases, few turns")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.repeats = 2, 3
+    wanted = [name for name in options.models.split(",") if name]
     rows = []
     for case in QUICK if options.quick else CASES:
+        if wanted and case[0] not in wanted:
+            continue
         rows.append(measure(case, options))
         print(table(rows[-1:], options.peak_tflops).splitlines()[-1], flush=True)
     print("\n" + table(rows, options.peak_tflops))
