@@ -92,7 +92,8 @@ class DataConfig:
         columns: several of them instead, joined by a blank line.
         where: conditions that a row must meet, each on a field of the row, dotted where it lies
             within another: `meta.pile_set_name=ArXiv`, `language!=en`, `score>=0.8`, `age<=3`.
-            With `=` and `!=`, what is no text is compared as JSON writes it.
+            With `=` and `!=`, what is no text is compared as JSON writes it, dates and decimals
+            as they are written without quotes: `2020-01-31`, `1.50`.
         min_characters, max_characters: leave out documents that are shorter, or longer; 0: none.
         sample_by: what one document of a .txt file is: the whole `document`, a `paragraph` or
             a `line`; `auto` takes whole files where there are many small ones, else paragraphs.
@@ -1033,8 +1034,20 @@ def _where_problems(source: DataConfig) -> Iterator[str]:
                 f".where: {condition!r} is no FIELD=VALUE, FIELD!=VALUE, FIELD>=NUMBER or "
                 "FIELD<=NUMBER, such as language=fr or score>=0.8"
             )
+        elif found["value"][0] in _SIGNS:
+            yield f".where: {_two_signs(condition, **found.groupdict())}"
         elif found["sign"] in (">=", "<=") and not is_number(found["value"]):
             yield f".where: {condition!r}: {found['value']!r} is no number; write one, such as 0.8"
+
+
+_SIGNS = "=<>"
+
+
+def _two_signs(condition: str, field: str, sign: str, value: str) -> str:
+    """What is wrong with `a==b`, `a!==b` and `a=>1`, where nobody means a value such as `=b`."""
+    rest = value.lstrip(_SIGNS) or "VALUE"
+    meant = f"{value[0]}=" if sign == "=" and value[0] in "<>" else sign
+    return f"{condition!r}: {value!r} begins with a sign; write {field}{meant}{rest}"
 
 
 def is_number(text: str) -> bool:
@@ -1051,7 +1064,8 @@ def _hub_problems(source: DataConfig) -> Iterator[str]:
         ("hub_where", "FIELD=VALUE", "meta.pile_set_name=ArXiv"),
     ):
         for pair in getattr(source, key):
-            if not all(pair.partition("=")):
+            parts = pair.partition("=")
+            if not all(parts) or parts[2][0] in _SIGNS:
                 yield f".{key}: {pair!r} is no {form}, such as {example}"
     if source.hub_validation_split and source.hub_validation_split == source.hub_split:
         yield (

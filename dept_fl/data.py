@@ -10,9 +10,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, islice, takewhile
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,11 @@ class Corpus:
     @property
     def text_bytes(self) -> int:
         return self.train_bytes + self.validation_bytes
+
+    @property
+    def unvalidated(self) -> list[str]:
+        """Sources of which no document is kept for validation."""
+        return [name for name, own in self.sources.items() if not own["validation_documents"]]
 
     def texts(self, split: str) -> Iterator[str]:
         with (self.folder / f"{split}.jsonl").open(encoding="utf-8") as stream:
@@ -234,24 +239,24 @@ def _write_mixture(
 ) -> dict[str, Any]:
     """One corpus of several, of which each has its share of the bytes of either split.
 
-    A source has the validation documents that come first and fit into its share of
-    validation_max_bytes; its others are for training, unless it names those for validation.
+    A source's validation documents that are not kept are for training, unless it names those for
+    validation.
     """
     all_bytes = sum(part.text_bytes for part in parts.values())
     shares = config.shares or {n: part.text_bytes / all_bytes for n, part in parts.items()}
-    kept = {n: _fitting(p, int(shares[n] * recipe.validation_max_bytes)) for n, p in parts.items()}
+    kept = _kept(parts, shares, recipe.validation_max_bytes)
     facts: dict[str, dict[str, float]] = {name: {} for name in parts}
     spans = {}
     with _CorpusWriter(folder, recipe) as writer:
         for name, part in parts.items():
             before = dict(writer.counts)
-            _split_as_given(islice(part.texts("validation"), kept[name]), (), recipe, writer)
+            _split_as_given(_at(part, kept[name]), (), recipe, writer)
             for key in ("validation_documents", "validation_bytes"):
                 facts[name][key] = writer.counts[key] - before[key]
         for name, part in parts.items():
             before, start = dict(writer.counts), writer.place
             own = has_own_validation(config.sources[name])
-            rest = () if own else islice(part.texts("validation"), kept[name], None)
+            rest = () if own else _at(part, kept[name], others=True)
             _split_as_given((), chain(rest, part.texts("train")), recipe, writer)
             for key in ("documents", "bytes"):
                 facts[name][key] = writer.counts[f"train_{key}"] - before[f"train_{key}"]
@@ -267,10 +272,67 @@ def _write_mixture(
     return {**written, "left_out": dict(left_out), "sources": facts}
 
 
-def _fitting(part: Corpus, most_bytes: int) -> int:
-    """How many of its validation documents, from the first on, are no more bytes together."""
-    sizes = (len(text.encode()) for text in part.texts("validation"))
-    return sum(1 for _ in takewhile(lambda total: total <= most_bytes, accumulate(sizes)))
+def _kept(
+    parts: Mapping[str, Corpus], shares: Mapping[str, float], most_bytes: int
+) -> dict[str, set[int]]:
+    """Of each source the places of the validation documents that it keeps.
+
+    Each has its first one that fits into its share, or else its smallest; then, in order, all
+    that still fit. A source has none where there is no room for one of each, or where it is a
+    single document, which is trained on.
+    """
+    found = {n: list(_candidates(part)) if part.documents > 1 else [] for n, part in parts.items()}
+    rooms = {name: int(shares[name] * most_bytes) for name in parts}
+    choice = _Choice(most_bytes, {name: set() for name in parts})
+    for name, own in found.items():  # before any that is larger than its source's share
+        choice.take_one(name, (each for each in own if each.size_bytes <= rooms[name]))
+    for name, own in found.items():
+        choice.take_one(name, sorted(own, key=lambda each: each.size_bytes))
+    for name, own in found.items():
+        left_bytes = rooms[name] - sum(own[place].size_bytes for place in choice.places[name])
+        for each in own:
+            if each.size_bytes <= left_bytes and choice.take(name, each):
+                left_bytes -= each.size_bytes
+    return choice.places
+
+
+class _Candidate(NamedTuple):
+    place: int
+    size_bytes: int
+    identity: bytes
+
+
+def _candidates(part: Corpus) -> Iterator[_Candidate]:
+    for place, text in enumerate(part.texts("validation")):
+        yield _Candidate(place, len(text.encode()), _identity(text))
+
+
+@dataclass
+class _Choice:
+    """The documents kept for validation so far, by source; none of them is a copy of another."""
+
+    left_bytes: int
+    places: dict[str, set[int]]
+    known: set[bytes] = field(default_factory=set)
+
+    def take(self, name: str, each: _Candidate) -> bool:
+        if each.identity in self.known or each.size_bytes > self.left_bytes:
+            return False
+        self.known.add(each.identity)
+        self.places[name].add(each.place)
+        self.left_bytes -= each.size_bytes
+        return True
+
+    def take_one(self, name: str, candidates: Iterable[_Candidate]) -> None:
+        """The first that can be taken, where the source has none yet."""
+        if not self.places[name]:
+            next((each for each in candidates if self.take(name, each)), None)
+
+
+def _at(part: Corpus, places: set[int], others: bool = False) -> Iterator[str]:
+    """Its validation documents at these places, or all others, in order."""
+    texts = enumerate(part.texts("validation"))
+    return (text for place, text in texts if (place in places) != others)
 
 
 def _to_shares(

@@ -182,7 +182,9 @@ def _source_of_newest(folder: Path, name: str) -> str:
 
 
 def _words(source: dict[str, Any]) -> str:
-    """Where documents come from, in a line."""
+    """Where documents come from, in a line; of several sources each with its name."""
+    if parts := source.get("sources"):
+        return "; ".join(f"{name}: {_words(part)}" for name, part in sorted(parts.items()))
     for kind in ("files", "hub", "packages"):
         if value := source.get(kind):
             return f"{kind} {value if isinstance(value, str) else ', '.join(value)}"

@@ -11,16 +11,22 @@ from typing import Any
 from rich.console import Console
 
 from dept_fl.config import Recipe
+from dept_fl.errors import DeptError
 from dept_fl.model import layout
 from dept_fl.progress import Progress
 from dept_fl.report import size, table
 from dept_fl.silo import Silo, with_shared_tokenizer
 from dept_fl.story import dropped, glimpses
-from dept_fl.tokenizer import load_tokenizer
+from dept_fl.tokenizer import Tokenizer, load_tokenizer
 from dept_fl.workbench import Written, written
 
 _WIDTH = 100
 _SAMPLE_CHARACTERS = 400  # of a text that is shown
+_COLUMNS = {
+    "own": "own tokenizer",
+    "global": "global tokenizer",
+    "start": "tokenizer of model.start",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class SiloOutlook:
         epoch_batches: whole batches in one pass over its training tokens.
         epochs: passes over them that the recipe's steps take; where silos are sampled, as many as
             are to be expected.
-        written: its validation text by its own tokenizer, and by the one of all silos' text;
-            where that is the run's own, by that alone.
+        written: its validation text by its `own` tokenizer, and by the `global` one of all silos'
+            text, or the `start` one of the open model that the run starts from; where the run
+            shares one, by that alone.
         samples: the beginning of some of its documents.
     """
 
@@ -63,9 +70,16 @@ class SiloOutlook:
 
 @dataclass(frozen=True)
 class Outlook:
+    """All silos of a run.
+
+    Attributes:
+        not_compared: why silos' own tokenizers are compared with none, if so.
+    """
+
     recipe: Recipe
     home: Path
     silos: list[SiloOutlook]
+    not_compared: str = ""
 
     def to_json(self) -> str:
         recipe = self.recipe
@@ -77,6 +91,7 @@ class Outlook:
             "batch_size": recipe.inner.batch_size,
             "sequence_tokens": recipe.sequence_tokens,
             "home": str(self.home),
+            "not_compared": self.not_compared,
         }
         silos = {silo.silo: silo.as_dict() for silo in self.silos}
         return json.dumps({**facts, "silos": silos}, ensure_ascii=False)
@@ -92,27 +107,37 @@ def look_ahead(recipe: Recipe, home: Path, progress: Progress) -> Outlook:
     for name in recipe.silo_names:
         silo = Silo(name, recipe, home, "", progress.watch)
         progress.during(f"{name}: reading the data", lambda: silo.corpus)  # noqa: B023
-    shared = progress.during(
-        "making the tokenizer of all silos' text", lambda: _with_shared(recipe, home)
+    made, common, not_compared = progress.during(
+        "making the tokenizer of all silos' text", lambda: _with_common(recipe, home)
     )
-    made = recipe if recipe.own_tokenizers else shared
     silos = []
     for name in made.silo_names:
         silo = Silo(name, made, home, "", progress.watch)
         with progress.stage(f"{name}: making tokenizer and tokens"):
-            silos.append(_of_silo(silo, shared.shared_tokenizer))
-    return Outlook(recipe, home, silos)
+            silos.append(_of_silo(silo, common))
+    return Outlook(recipe, home, silos, not_compared)
 
 
-def _with_shared(recipe: Recipe, home: Path) -> Recipe:
-    return with_shared_tokenizer(replace(recipe, tokenizer="shared"), home)
+def _with_common(recipe: Recipe, home: Path) -> tuple[Recipe, dict[str, Tokenizer], str]:
+    """The recipe of the run, and the tokenizer that all silos could share, by what it is.
+
+    Where each has its own, the run does without that one: then it may be none, and why.
+    """
+    try:
+        shared = with_shared_tokenizer(replace(recipe, tokenizer="shared"), home)
+        tokenizer = load_tokenizer(shared.shared_tokenizer)
+    except DeptError as error:
+        if recipe.own_tokenizers:
+            return recipe, {}, str(error).removeprefix("silo shared: ")
+        raise
+    if not recipe.own_tokenizers:
+        return shared, {"global": tokenizer}, ""
+    return recipe, {"start" if recipe.common_tokenizer else "global": tokenizer}, ""
 
 
-def _of_silo(silo: Silo, shared: str) -> SiloOutlook:
+def _of_silo(silo: Silo, common: Mapping[str, Tokenizer]) -> SiloOutlook:
     recipe, corpus, stream = silo.recipe, silo.corpus, silo.stream
-    tokenizers = {"global": load_tokenizer(shared)}
-    if recipe.own_tokenizers:
-        tokenizers = {"own": silo.tokenizer, **tokenizers}
+    tokenizers = {"own": silo.tokenizer, **common} if recipe.own_tokenizers else common
     sequences = (len(stream.train) - 1) // recipe.sequence_tokens
     sampled = (recipe.silos_per_round or len(recipe.silo_names)) / len(recipe.silo_names)
     return SiloOutlook(
@@ -166,6 +191,9 @@ def show(found: Outlook) -> None:
         console.print(f"  {silo.silo}: {silo.dropped}")
     console.print()
     console.print(_bytes_per_token(found.silos))
+    if found.not_compared:
+        why = f"not compared with a tokenizer for all silos: {found.not_compared}"
+        console.print(why, soft_wrap=True)
     for silo in found.silos:
         if silo.sources:
             console.print(_sources(silo))
@@ -182,7 +210,7 @@ def _bytes_per_token(silos: list[SiloOutlook]) -> Any:
         + [f"{silo.written[name].bytes_per_token:.3f}" for name in names]
         for silo in silos
     ]
-    head = ["silo", "vocabulary", *(f"{name} tokenizer" for name in names)]
+    head = ["silo", "vocabulary", *(_COLUMNS[name] for name in names)]
     return table(head, rows, "bytes per token of validation text")
 
 

@@ -197,13 +197,19 @@ def _labelled_rows(
 def _rows(
     silo: str, source: DataConfig, file: Path, columns: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Rows of a file that has columns, with their places; of Parquet only these columns."""
+    """Rows of a file that has columns, with their places; of Parquet only these columns.
+
+    Where the file has a line of names, or a schema, and one of these columns is missing there,
+    its `_Names` come first.
+    """
     if _format(file) == "parquet":
         yield from _parquet_rows(file, columns)
         return
-    read = _csv_rows if _format(file) == "csv" else _json_rows
     with _text_stream(silo, source, file) as stream:
-        yield from read(silo, file, stream)
+        if _format(file) == "csv":
+            yield from _csv_rows(silo, file, stream, columns)
+        else:
+            yield from _json_rows(silo, file, stream)
 
 
 def _head(silo: str, source: DataConfig) -> Iterator[Any]:
@@ -226,6 +232,7 @@ def _is_text(values: list[Any]) -> bool:
     return bool(given) and all(isinstance(value, str) for value in given)
 
 
+_REVISION = 2  # of what `where`, near copies and several sources take; other text is then read anew
 _NEW_SETTINGS = (
     "validation_files",
     "hub_validation_split",
@@ -269,6 +276,8 @@ def source_key(source: DataConfig, recipe: Recipe) -> str:
         facts["sources"] = {
             name: [part.weight, source_key(part, recipe)] for name, part in source.sources.items()
         }
+    if near or source.where or "sources" in facts:
+        facts["revision"] = _REVISION
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -452,13 +461,22 @@ def _parsed(silo: str, place: str, text: str) -> Any:
         ) from error
 
 
-def _csv_rows(silo: str, file: Path, stream: IO[str]) -> Iterator[tuple[str, Any]]:
+class _Names(dict[str, None]):
+    """The names of a file's columns in place of a row, which every row would be refused with."""
+
+
+def _csv_rows(
+    silo: str, file: Path, stream: IO[str], columns: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     """Rows below the line of names, quoted as spreadsheets do, each with its place."""
     csv.field_size_limit(_MOST_FIELD_CHARACTERS)
     dialect = "excel-tab" if ".tsv" in file.name.lower() else "excel"
     reader = csv.reader(stream, dialect, strict=True)
-    names = next(reader, [])
-    for row in reader:
+    records = _csv_records(silo, file, reader)
+    names = next(records, [])
+    if names and set(columns) - set(names):
+        yield f"{file}, line 1", _Names.fromkeys(names)
+    for row in records:
         place = f"{file}, line {reader.line_num}"
         if row and len(row) != len(names):
             raise DeptError(
@@ -469,13 +487,31 @@ def _csv_rows(silo: str, file: Path, stream: IO[str]) -> Iterator[tuple[str, Any
             yield place, dict(zip(names, row, strict=True))
 
 
+def _csv_records(silo: str, file: Path, reader: Any) -> Iterator[list[str]]:
+    """What the reader finds; its errors with the lines of the record that it cannot read."""
+    while True:
+        first = reader.line_num + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            last = reader.line_num
+            lines = f"lines {first} to {last}" if last > first else f"line {first}"
+            raise DeptError(
+                f"silo {silo}: {file}, {lines}: cannot be read: {error}; close quotes, and double "
+                f"those within them, or leave it out of silos.{silo}.files"
+            ) from error
+        yield record
+
+
 def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Rows of these columns; where one is missing, of all, behind a row of their names."""
+    """Rows of these columns; where one is missing, of all, behind their names."""
     from pyarrow import parquet
 
     with _seekable(file) as stream:
         table = parquet.ParquetFile(stream, buffer_size=1 << 20)
-        names = dict.fromkeys(table.schema_arrow.names)
+        names = _Names.fromkeys(table.schema_arrow.names)
         missing = set(columns) - names.keys()
         if missing:
             yield str(file), names
@@ -523,6 +559,8 @@ def _from_rows(
     """The texts of the rows that meet all conditions."""
     conditions = _conditions(silo, source)
     for place, row in rows:
+        if isinstance(row, _Names):  # no condition may hide that the text's column is not there
+            list(_in_column(silo, source, place, row))
         met = [condition.met(silo, place, row) for condition in conditions]
         if not all(met):
             left_out["where"] += 1
@@ -554,6 +592,9 @@ def _in_column(silo: str, source: DataConfig, place: str, row: Any) -> Iterator[
             )
 
 
+_OF_JSON = (bool, int, float, list, dict, type(None))  # all else is compared as it is written
+
+
 class _Condition(NamedTuple):
     """One of `where`, or of `hub_where`, which names it in errors."""
 
@@ -565,9 +606,9 @@ class _Condition(NamedTuple):
     def met(self, silo: str, place: str, row: Any) -> bool:
         found = self._found(silo, place, row)
         if self.sign in ("=", "!="):
-            text = found if isinstance(found, str) else json.dumps(found, default=str)
+            text = json.dumps(found, default=str) if isinstance(found, _OF_JSON) else str(found)
             return (text == self.value) == (self.sign == "=")
-        if found is None:
+        if found is None or str(found).strip().lower() in ("", "nan"):
             return False
         if isinstance(found, bool) or not is_number(str(found)):
             raise DeptError(

@@ -85,6 +85,8 @@ def dropped(corpus: Corpus) -> str:
     if corpus.near_duplicates:
         words[0] += f", {corpus.near_duplicates:,} of them nearly the same as another"
     words += [f"{count:,} left out by {name}" for name, count in sorted(corpus.left_out.items())]
+    if corpus.unvalidated:
+        words.append(f"no document kept for validation of {', '.join(corpus.unvalidated)}")
     return ", ".join(words)
 
 

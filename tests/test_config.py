@@ -504,13 +504,27 @@ BAD_OVERRIDES = [
             f"silos.ant.files=[] silos.ant.hub=x silos.ant.hub_where=['{condition}']",
             f"silos.ant.hub_where: '{condition}' is no FIELD=VALUE, such as meta.pile_set_name=",
         )
-        for condition in ("meta", "=x", "meta=")
+        for condition in ("meta", "=x", "meta=", "meta==x")
     ),
     (
         "silos.ant.files=[] silos.ant.hub=x silos.ant.hub_files=[val.jsonl]",
         "silos.ant.hub_files: 'val.jsonl' is no SPLIT=PATTERN, such as validation=val.jsonl.zst",
     ),
     ("silos.ant.where=[score]", "silos.ant.where: 'score' is no FIELD=VALUE, FIELD!=VALUE, "),
+    *(
+        (
+            f"'silos.ant.where=[\"{condition}\"]'",
+            f"silos.ant.where: '{condition}': '{value}' begins with a sign; write {meant}",
+        )
+        for condition, value, meant in (
+            ("language==en", "=en", "language=en"),
+            ("language!==en", "=en", "language!=en"),
+            ("score=>0.5", ">0.5", "score>=0.5"),
+            ("score=<0.5", "<0.5", "score<=0.5"),
+            ("score>==0.5", "=0.5", "score>=0.5"),
+            ("score==", "=", "score=VALUE"),
+        )
+    ),
     ("'silos.ant.where=[\"score>=high\"]'", "where: 'score>=high': 'high' is no number; write one"),
     (
         "silos.ant.files=[] silos.ant.packages=[stdlib] silos.ant.where=[a=b]",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections import Counter
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,41 @@ def test_rows_are_chosen_by_their_fields(
     assert counts["where"] == len(ROWS) - len(texts)
 
 
+@pytest.mark.parametrize(
+    ("where", "texts"),
+    [
+        (["day=2020-01-31"], ["one"]),
+        (["day!=2020-01-31"], ["two", "three"]),
+        (["price=1.50"], ["one"]),
+        (["price!=1.50", "price>=2"], ["two"]),
+        (["time=2020-01-31 12:00:00"], ["one"]),
+        (["day=null"], ["three"]),
+        (['days=["2020-01-31"]'], ["one"]),  # within what JSON writes
+    ],
+)
+def test_dates_and_decimals_are_compared_as_they_are_written(
+    tmp_path: Path, where: list[str], texts: list[str]
+) -> None:
+    content = table(
+        text=["one", "two", "three"],
+        day=[date(2020, 1, 31), date(2021, 1, 31), None],
+        time=[datetime(2020, 1, 31, 12), datetime(2021, 1, 31, 12), None],
+        price=[Decimal("1.50"), Decimal("2.50"), None],
+        days=[[date(2020, 1, 31)], [], None],
+    )
+    assert taken(write(tmp_path / "a.parquet", content), where=where) == texts
+
+
+def test_an_empty_field_and_nan_are_neither_more_nor_less(tmp_path: Path) -> None:
+    csv = write(tmp_path / "a.csv", "text,score\none,0.9\ntwo,\nthree, \nfour,NaN\n")
+    lines = '{"text": "one", "score": 0.9}\n{"text": "two", "score": NaN}'
+    nan = write(tmp_path / "b.jsonl", lines)
+    parquet = write(tmp_path / "c.parquet", table(text=["one", "two"], score=[0.9, math.nan]))
+    for file in (csv, nan, parquet):
+        assert taken(file, where=["score>=0.5"]) == ["one"]
+        assert taken(file, where=["score<=0.5"]) == []
+
+
 def test_the_hubs_rows_are_chosen_likewise(tmp_path: Path) -> None:
     of_rows(tmp_path, ".jsonl", ROWS[:2])
     source = SiloConfig(hub=str(tmp_path), where=["score>=0.9"])
@@ -86,6 +124,22 @@ def test_a_wrong_column_or_field_is_named_with_those_there_are(
 ) -> None:
     with pytest.raises(DeptError, match=rf"^silo ant: .*({message})"):
         taken(of_rows(tmp_path, suffix, ROWS), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.parquet", table(body=["x"], lang=["fr"])), ("a.csv", "body,lang\nx,fr\n")],
+)
+def test_a_wrong_column_is_not_hidden_by_conditions_that_no_row_meets(
+    tmp_path: Path, name: str, content: str | bytes
+) -> None:
+    file = write(tmp_path / name, content)
+    counts: Counter[str] = Counter()
+    with pytest.raises(DeptError, match=r"no column 'text'; columns: body, lang; set silos.ant.c"):
+        taken(file, where=["lang=en"], counts=counts)
+    with pytest.raises(DeptError, match=r"no field 'language'; .*: body, lang; set silos.ant.wh"):
+        taken(file, column="body", where=["language=en"], counts=counts)
+    assert not counts
 
 
 def test_a_row_that_is_not_taken_need_not_have_the_text(tmp_path: Path) -> None:
@@ -154,8 +208,10 @@ def test_a_folder_of_all_kinds_is_read_as_one(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("text,a\none\n", "line 2: 1 fields, where the first line names 2 columns; quote fields"),
-        ("a\none\n", "line 2: no column 'text'; columns: a; set silos.ant.column"),
-        ('text\n"one\n', "cannot be read: unexpected end of data; mend it"),
+        ("a\none\n", "line 1: no column 'text'; columns: a; set silos.ant.column"),
+        ('text\nzero\n"one\ntwo\n', "lines 3 to 4: cannot be read: unexpected end of data; close"),
+        ('text\n"one"x\n', "line 2: cannot be read: .* expected after .*; close quotes, and do"),
+        ('"text', "line 1: cannot be read: unexpected end of data"),
     ],
 )
 def test_a_bad_csv_is_named_with_the_mend(tmp_path: Path, content: str, message: str) -> None:

@@ -84,6 +84,14 @@ def test_of_a_recipe_only_its_own_silos_and_its_own_text(bee: Silo, place: Path,
     assert other["silos"][1]["experiments"] != []
 
 
+def test_of_several_sources_each_is_told(tiny_file: Path, tmp_path: Path):
+    words = ["silos.ant.files=[]", "silos.ant.sources.web.hub=allenai/c4"]
+    words += ["silos.ant.sources.books.files=[bee.jsonl,cat.jsonl]", "only=[ant]"]
+    (told,) = listed(str(tiny_file), *words, "--home", str(tmp_path))["silos"]
+    books = ", ".join(str(tiny_file.parent / f"{name}.jsonl") for name in ("bee", "cat"))
+    assert told["source"] == f"books: files {books}; web: hub allenai/c4"
+
+
 def test_people_see_a_table(bee: Silo, place: Path):
     words = ["silo", "list", "--home", str(place)]
     done = CliRunner().invoke(app, words, env={"COLUMNS": "80"})

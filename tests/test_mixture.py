@@ -13,6 +13,7 @@ import pytest
 from dept_fl.config import Recipe, SiloConfig, SourceConfig
 from dept_fl.data import Corpus, load_corpus
 from dept_fl.errors import DeptError
+from dept_fl.story import dropped
 from tests.test_data import rows, write
 
 # One document in five is for validation; ten bytes each below.
@@ -107,6 +108,55 @@ def test_validation_has_each_sources_share_of_its_limit(tmp_path: Path) -> None:
     assert not set(by_size.texts("train")) & set(by_size.texts("validation"))
 
 
+def test_a_source_whose_share_is_less_than_a_document_keeps_one(tmp_path: Path) -> None:
+    given = {"a": texts("a", 400), "b": texts("b", 40)}
+    corpus = mixed(tmp_path, given, {"a": 99, "b": 1})
+    kept = [text[0] for text in corpus.texts("validation")]
+    assert (kept.count("a"), kept.count("b")) == (9, 1)  # of 99 bytes and of 1
+    assert not set(corpus.texts("train")) & set(corpus.texts("validation"))
+
+
+def test_of_more_sources_than_have_room_those_without_validation_are_named(tmp_path: Path) -> None:
+    given = {f"s{i:02d}": texts(chr(ord("a") + i), 40) for i in range(12)}
+    corpus = mixed(tmp_path, given)  # each has a share of 8 bytes
+    assert [text[0] for text in corpus.texts("validation")] == list("abcdefghij")
+    assert corpus.unvalidated == ["s10", "s11"]
+    assert dropped(corpus).endswith("no document kept for validation of s10, s11")
+    assert corpus.documents == 12 * 40
+
+
+def test_what_does_not_fit_into_a_sources_share_does_not_keep_out_what_does(
+    tmp_path: Path,
+) -> None:
+    whole = [*texts("v", 2), "w" * 40, *texts("w", 9)]
+    own = SourceConfig(
+        files=[str(write(tmp_path / "a.jsonl", rows(*texts("a", 50))))],
+        validation_files=[str(write(tmp_path / "v.jsonl", rows(*whole)))],
+        weight=1,
+    )
+    other = SourceConfig(files=[str(write(tmp_path / "b.jsonl", rows(*texts("b", 99))))], weight=1)
+    config = SiloConfig(sources={"a": own, "b": other})
+    corpus = load_corpus("ant", config, RECIPE, tmp_path / "cache")
+    kept = [text for text in corpus.texts("validation") if text[0] in "vw"]
+    assert kept == [*texts("v", 2), *texts("w", 3)]  # 50 bytes
+
+
+def test_a_copy_is_not_the_one_document_that_a_source_keeps(tmp_path: Path) -> None:
+    both = texts("x", 20)
+    corpus = mixed(tmp_path, {"a": both, "b": [*both, *texts("b", 40)]}, {"a": 19, "b": 1})
+    assert corpus.unvalidated == []
+    assert corpus.sources["b"]["validation_documents"] == 1
+    kept = list(corpus.texts("validation"))
+    assert len(kept) == len(set(kept))
+
+
+def test_a_single_document_is_trained_on(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, validation_fraction=0.9)
+    corpus = mixed(tmp_path, {"a": texts("a", 40), "b": ["b" * 50]}, {"a": 9, "b": 1}, recipe)
+    assert set(train_of(corpus, "b")) == {"b" * 50}
+    assert corpus.unvalidated == ["b"]
+
+
 def test_what_two_sources_have_is_taken_once_and_never_from_validation(tmp_path: Path) -> None:
     both = texts("x", 50)
     corpus = mixed(tmp_path, {"a": [*texts("a", 50), *both], "b": [*texts("b", 50), *both]})
@@ -185,6 +235,7 @@ def test_a_small_source_may_have_nothing_for_validation(tmp_path: Path) -> None:
     corpus = mixed(tmp_path, {"a": texts("a", 200), "b": few}, recipe=recipe)
     assert train_of(corpus, "b") == few
     assert corpus.sources["b"]["validation_documents"] == 0
+    assert corpus.unvalidated == ["b"]
 
 
 def test_a_wrong_setting_of_a_source_is_named_with_its_path(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dept_fl.config import Recipe
+from dept_fl.config import Recipe, SiloConfig, SourceConfig
 from dept_fl.near import NearCopies, shingles
+from dept_fl.sources import source_key
 from tests.test_data import corpus_of, some_texts
 
 RECIPE = Recipe(validation_fraction=0.2)
@@ -61,6 +62,33 @@ def test_what_is_above_the_threshold_is_found_and_what_is_below_is_not(
         known.add(text)
         right += known.has(other) == near
     assert right == 20
+
+
+@pytest.mark.parametrize(("threshold", "changes"), [(0.8, 10), (0.9, 3)])
+def test_what_is_a_little_above_the_threshold_is_found_as_the_sketches_tell(
+    threshold: float, changes: int
+) -> None:
+    found = 0
+    for seed in range(40):
+        words = long_text(seed, 600)
+        text, other = " ".join(words), " ".join(edited(words, changes))
+        assert jaccard(text, other) == pytest.approx(threshold + 0.05, abs=0.01)
+        known = NearCopies(threshold)
+        known.add(text)
+        estimate = known._sketch(text).jaccard(known._sketch(other))
+        assert known.has(other) == (estimate >= threshold)
+        found += known.has(other)
+    assert found >= 36
+
+
+def test_text_of_before_more_was_found_is_read_anew() -> None:
+    file = ["/nowhere/*.jsonl"]
+    keys = [
+        source_key(SiloConfig(files=file), replace(Recipe(), near_duplicates=0.8)),
+        source_key(SiloConfig(files=file, where=["a=b"]), Recipe()),
+        source_key(SiloConfig(sources={"a": SourceConfig(files=file)}), Recipe()),
+    ]
+    assert not {"0813daac27094a06", "b95b357fe4a50fd9", "d9c42346f83148f5"} & set(keys)
 
 
 def test_other_documents_are_not_near_and_the_same_words_are() -> None:
