@@ -54,7 +54,8 @@ _COUNTS = (
     "duplicates",
     "lossy_documents",
 )
-_LARGEST_METRIC = 1e300  # finite figures made of metrics stay finite
+_LARGEST_METRIC = 1e15  # what people see of metrics, and make of them, stays in bounds
+_LARGEST_PERPLEXITY = 1e300  # which is exponential; of a diverged model e^600 (evaluate.py)
 _MEASURES = ("unigram_bits_per_byte", "step_s", "prepare_s")
 
 
@@ -152,7 +153,8 @@ class Header:
 def header_record(
     experiment: str, recipe: Recipe, silo: str = "", limit_s: float = 3600.0
 ) -> ConfigRecord:
-    facts = {"experiment": experiment, "recipe": recipe.to_json()}
+    sent = replace(recipe, trackers=[])  # which are the server's own affair
+    facts = {"experiment": experiment, "recipe": sent.to_json()}
     return ConfigRecord({**facts, "silo": silo, "limit_s": limit_s})
 
 
@@ -430,8 +432,11 @@ def _metrics(content: RecordDict) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for key, value in content.metric_records[METRICS].items():
         # All that silos measure are counts, seconds, norms, losses: never below 0.
-        if isinstance(value, list) or not 0 <= value < _LARGEST_METRIC:
+        most = _LARGEST_PERPLEXITY if key.endswith("perplexity") else _LARGEST_METRIC
+        if isinstance(value, list) or not 0 <= value < most:
             name = printable(key, 80)
-            raise BadUpdate(f"metric {name}={value!r:.100} is not a finite number from 0 on")
+            raise BadUpdate(
+                f"metric {name}={value!r:.100} is not a finite number from 0 on, below {most:g}"
+            )
         metrics[key] = float(value)
     return metrics

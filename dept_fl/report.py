@@ -111,10 +111,10 @@ class Screen:
         cells = [
             [
                 e["silo"],
-                f"{e['loss']:.3f}",
-                _figure(e, "bits_per_byte"),
-                _figure(e, "unigram_bits_per_byte"),
-                f"{e['tokens_per_s']:,.0f}",
+                figure(e["loss"]),
+                figure(e.get("bits_per_byte")),  # not evaluated in every round
+                figure(e.get("unigram_bits_per_byte")),
+                figure(e["tokens_per_s"], 0),
                 f"{(e['bytes_up_body'] + e['bytes_up_embeddings']) / 1e6:.2f}",
                 f"{(e['bytes_down_body'] + e['bytes_down_embeddings']) / 1e6:.2f}",
             ]
@@ -127,10 +127,10 @@ class Screen:
         cells = [
             [
                 e["silo"],
-                f"{e['bits_per_byte']:.3f}",
-                f"{e['unigram_bits_per_byte']:.3f}",
-                f"{e['perplexity']:,.1f}",
-                f"{e['unigram_perplexity']:,.1f}",
+                figure(e["bits_per_byte"]),
+                figure(e["unigram_bits_per_byte"]),
+                figure(e["perplexity"], 1),
+                figure(e["unigram_perplexity"], 1),
             ]
             for e in rows
         ]
@@ -138,8 +138,16 @@ class Screen:
         self.table(head, cells, "final body, each silo on its own validation text")
 
 
-def _figure(event: Event, key: str) -> str:
-    return f"{event[key]:.3f}" if key in event else "–"  # not evaluated in every round
+def figure(value: float | None, digits: int = 3) -> str:
+    """So many digits behind the point, and nine in all; else by its power of ten.
+
+    Silos choose their figures: a long one would leave no room in a table for anything else.
+    """
+    if value is None:
+        return "–"
+    if value and not 1e-3 <= abs(value) < 10.0 ** (9 - digits):
+        return f"{value:.3g}"
+    return f"{value:,.{digits}f}"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> Table:

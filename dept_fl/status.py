@@ -15,8 +15,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from dept_fl.checkpoint import rounds_on_disk
 from dept_fl.errors import DeptError
-from dept_fl.report import Event, Ledger, duration, table
+from dept_fl.report import Event, Ledger, duration, figure, harmless, table
 
 State = Literal["running", "silent", "ended"]
 
@@ -78,7 +79,7 @@ def look(run_dir: Path) -> Status:
     Raises:
         DeptError: no ledger is there, or it is damaged.
     """
-    return summary(read(run_dir), time.time())
+    return of_job(summary(read(run_dir), time.time()), run_dir)
 
 
 def watch(run_dir: Path, console: Console) -> None:
@@ -105,7 +106,8 @@ _FIELDS: dict[str, dict[str, type]] = {
     "absent": {"silo": str, "round": int, "reason": str},
     "failure": {"silo": str, "round": int, "reason": str},
 }
-_MEASURED = {"silo_train": ["tokens_per_s"]}  # numbers, but a comparison's jobs have none
+# Numbers, but a comparison's jobs have no speed, and others none that was evaluated.
+_MEASURED = {"silo_train": ["tokens_per_s", "bits_per_byte", "unigram_bits_per_byte"]}
 
 
 def read(run_dir: Path) -> list[Event]:
@@ -166,7 +168,7 @@ def summary(events: list[Event], now: float) -> Status:
         name=str(plan.get("name", "")),
         variant=plan["recipe"],
         experiment=plan["experiment"],
-        round=_last_round([*rounds, *_of(events, "silo_train")]),  # a comparison's have no other
+        round=_whole_rounds(events),
         rounds=plan["rounds"],
         state=state,
         last_event=last_event,
@@ -174,6 +176,18 @@ def summary(events: list[Event], now: float) -> Status:
         silos=silos,
         incidents=_incidents(events, silos),
     )
+
+
+def of_job(status: Status, run_dir: Path) -> Status:
+    """The same with what a comparison's job, which writes neither plan nor end, has in its folder.
+
+    Of other runs, and of a ledger that was copied alone, the status as it is.
+    """
+    if status.rounds:
+        return status
+    whole = [status.round, *rounds_on_disk(run_dir / "checkpoints")]
+    ended = (run_dir / "result.json").is_file()
+    return replace(status, round=max(whole), state="ended" if ended else status.state)
 
 
 def _of(events: Iterable[Event], kind: str) -> Iterator[Event]:
@@ -184,6 +198,17 @@ def _state(events: list[Event], silence_s: float, round_s: float) -> State:
     if any(_of(events, "end")):
         return "ended"
     return "silent" if silence_s > max(_SILENT_S, _SILENT_ROUNDS * round_s) else "running"
+
+
+def _whole_rounds(events: list[Event]) -> int:
+    """A comparison's jobs write none, but evaluate what a whole one made, or train on it."""
+    if rounds := list(_of(events, "round")):
+        return _last_round(rounds)
+    trained = _last_round(_of(events, "silo_train")) - 1
+    evaluated: list[int] = [
+        e["round"] for e in _of(events, "silo_eval") if _is(e.get("round"), int)
+    ]
+    return max(0, trained, *evaluated)
 
 
 def _last_round(rounds: Iterable[Event]) -> int:
@@ -229,18 +254,24 @@ def _after(silo: SiloStatus, event: Event) -> SiloStatus:
             return seen
         case "silo_train":
             speed = event.get("tokens_per_s")
-            return replace(seen, merged_round=event["round"], tokens_per_s=speed)
+            trained = replace(seen, merged_round=event["round"], tokens_per_s=speed)
+            return _evaluated(trained, event)
         case "silo_eval":
-            return replace(
-                seen,
-                bits_per_byte=event["bits_per_byte"],
-                unigram_bits_per_byte=event["unigram_bits_per_byte"],
-            )
+            return _evaluated(seen, event)
         case "absent":
             return replace(silo, absent=True)
         case "failure":
             return replace(silo, failures=silo.failures + 1)
     return silo
+
+
+def _evaluated(silo: SiloStatus, event: Event) -> SiloStatus:
+    """A comparison's federations evaluate as they train, and write one event of both."""
+    return replace(
+        silo,
+        bits_per_byte=event.get("bits_per_byte", silo.bits_per_byte),
+        unigram_bits_per_byte=event.get("unigram_bits_per_byte", silo.unigram_bits_per_byte),
+    )
 
 
 def _incidents(events: list[Event], silos: list[SiloStatus]) -> list[Incident]:
@@ -258,7 +289,7 @@ def _incidents(events: list[Event], silos: list[SiloStatus]) -> list[Incident]:
 
 
 def view(status: Status) -> RenderableType:
-    """The status for a terminal; text from silos is shown as it is, never as markup."""
+    """The status for a terminal; text from silos is shown as it is: no markup, nothing steers."""
     rows = [_row(silo, status.time) for silo in status.silos]
     head = ("silo", "last seen", "merged", "bits/byte", "unigram", "tokens/s", "failed")
     lines = [_line(incident, status.time) for incident in status.incidents]
@@ -267,7 +298,7 @@ def view(status: Status) -> RenderableType:
 
 def _title(status: Status) -> str:
     facts = (status.name, status.variant, f"experiment {status.experiment}")
-    return ", ".join(filter(None, facts)) if status.rounds else "no plan yet"
+    return _plain(", ".join(filter(None, facts))) if status.rounds else "no plan yet"
 
 
 def _progress(status: Status) -> str:
@@ -284,18 +315,19 @@ def _progress(status: Status) -> str:
 
 def _row(silo: SiloStatus, now: float) -> list[str]:
     return [
-        silo.silo,
-        "-" if silo.seen is None else _ago(silo.seen, now),
-        _figure(silo.merged_round, "d"),
-        _figure(silo.bits_per_byte, ".3f"),
-        _figure(silo.unigram_bits_per_byte, ".3f"),
-        _figure(silo.tokens_per_s, ",.0f"),
+        _plain(silo.silo),
+        "–" if silo.seen is None else _ago(silo.seen, now),
+        "–" if silo.merged_round is None else str(silo.merged_round),
+        figure(silo.bits_per_byte),
+        figure(silo.unigram_bits_per_byte),
+        figure(silo.tokens_per_s, 0),
         str(silo.failures),
     ]
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _plain(text: str) -> str:
+    """On one line, and without control characters, which are in a ledger what silos wrote."""
+    return harmless(" ".join(text.split()))
 
 
 def _ago(then: float, now: float) -> str:
@@ -304,7 +336,8 @@ def _ago(then: float, now: float) -> str:
 
 def _line(incident: Incident, now: float) -> Text:
     """One line, cut where the terminal ends."""
-    reason = " ".join(incident.reason.split()).removeprefix(f"silo {incident.silo}: ")
+    reason = _plain(incident.reason).removeprefix(f"silo {incident.silo}: ")
     who = f"{incident.silo} absent" if incident.event == "absent" else incident.silo
     where = filter(None, (_ago(incident.time, now), f"round {incident.round}", who))
-    return Text(f"  {', '.join(where)}: {reason}", no_wrap=True, overflow="ellipsis")
+    told = _plain(f"{', '.join(where)}: {reason}")
+    return Text(f"  {told}", no_wrap=True, overflow="ellipsis")

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -30,7 +32,7 @@ _NOTES = ("failure", "absent", "late", "warning")
 _NO_FIGURE = ("round", "during_round", "time")
 _LONGEST_NOTE = 500
 _PATIENCE_S = 60
-_BATCH = 100  # parameters that MLflow takes in one request
+_PARAMS, _METRICS = 100, 1000  # that MLflow takes in one request
 _SETTINGS = {  # a server that is gone costs seconds, not minutes; nothing else is sent out
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -152,14 +154,14 @@ class MLflow:
         tags = {"dept_experiment": run.id}
         self._id = self._client.create_run(group, tags=tags, run_name=run.name).info.run_id
         params = [Param(key, str(value)) for key, value in run.config.items()]
-        for i in range(0, len(params), _BATCH):
-            self._client.log_batch(self._id, params=params[i : i + _BATCH])
+        for i in range(0, len(params), _PARAMS):
+            self._client.log_batch(self._id, params=params[i : i + _PARAMS])
 
     def scalars(self, values: Mapping[str, float], step: int, time_s: float) -> None:
         at_ms = round(1000 * time_s)
         metrics = [self._metric(name, value, at_ms, step) for name, value in values.items()]
-        for i in range(0, len(metrics), _BATCH):
-            self._client.log_batch(self._id, metrics=metrics[i : i + _BATCH])
+        for i in range(0, len(metrics), _METRICS):
+            self._client.log_batch(self._id, metrics=metrics[i : i + _METRICS])
 
     def note(self, text: str, step: int, time_s: float) -> None:
         self._client.log_text(self._id, text, f"notes/round-{step:05d}-{time_s:.3f}.txt")
@@ -284,27 +286,55 @@ class _Follower:
         )
 
     def take(self, events: list[Event]) -> None:
-        """Tell the events, oldest first, that it has not been told."""
-        figures: dict[int, list[Event]] = defaultdict(list)
-        notes: dict[int, list[Event]] = defaultdict(list)
-        noted_s = self._noted_s
+        """Tell the events that it has not been told: figures step by step, then notes.
+
+        Each step is kept as told just before it is: where this is cut short, that step alone is
+        missing, and nothing is there twice.
+
+        Raises:
+            TimeoutError: all of it takes longer than _PATIENCE_S, for which the round waits.
+        """
+        due = monotonic() + _PATIENCE_S
+        figures, notes = self._new_figures(events), self._new_notes(events)
+        for step, group in figures:
+            self._steps |= {_key(event): step for event in group}
+            self._keep()
+            values = {name: value for event in group for name, value in _figures(event)}
+            self.tracker.scalars(values, step, group[-1]["time"])
+            _check(due)
+        for step, group in notes:
+            self._noted_s = max(self._noted_s, *(event["time"] for event in group))
+            self._keep()
+            self.tracker.note("\n".join(map(_note, group)), step, group[-1]["time"])
+            _check(due)
+
+    def _new_figures(self, events: list[Event]) -> list[tuple[int, list[Event]]]:
+        """By step, the first one first."""
+        found: dict[int, list[Event]] = defaultdict(list)
+        last = dict(self._steps)
         for event in events:
-            step = event.get("round", 0)
-            if event["event"] in _FIGURES and step > self._steps.get(_key(event), -1):
-                self._steps[_key(event)] = step
-                figures[step].append(event)
-            elif event["event"] in _NOTES and event["time"] > noted_s:
-                self._noted_s = max(self._noted_s, event["time"])
-                notes[step].append(event)
-        # Before it is told: what a kill cuts off here is missing, and nothing is there twice.
+            step, key = event.get("round", 0), _key(event)
+            if event["event"] in _FIGURES and step > last.get(key, -1):
+                last[key] = step
+                found[step].append(event)
+        return sorted(found.items())
+
+    def _new_notes(self, events: list[Event]) -> list[tuple[int, list[Event]]]:
+        """Oldest first, those of one step that follow each other together."""
+        new = [e for e in events if e["event"] in _NOTES and e["time"] > self._noted_s]
+        return [(step, list(each)) for step, each in groupby(new, lambda e: e.get("round", 0))]
+
+    def _keep(self) -> None:
         self._file.parent.mkdir(exist_ok=True)
         told = {"steps": self._steps, "noted_s": self._noted_s}
         write_whole(self._file, json.dumps(told, sort_keys=True))
-        for step, group in sorted(figures.items()):
-            values = {name: value for event in group for name, value in _figures(event)}
-            self.tracker.scalars(values, step, group[-1]["time"])
-        for step, group in sorted(notes.items()):
-            self.tracker.note("\n".join(map(_note, group)), step, group[-1]["time"])
+
+
+def _check(due: float) -> None:
+    if monotonic() >= due:
+        raise TimeoutError(
+            f"what is new took longer than {_PATIENCE_S} s; resume the run to tell it the rest"
+        )
 
 
 def _key(event: Event) -> str:

@@ -341,10 +341,10 @@ def test_no_mutated_update_is_merged(door: Door, data: st.DataObject):
 
 @st.composite
 def harmless(draw: st.DrawFn, door: Door) -> Mutation:
-    """What a silo may say: any finite figures, any warning, more than was asked for."""
-    extra = draw(st.dictionaries(names(), st.floats(0, 1e299), max_size=2))
+    """What a silo may say: any figures below 1e15, any warning, more than was asked for."""
+    extra = draw(st.dictionaries(names(), st.floats(0, 9e14), max_size=2))
     known = draw(st.sampled_from(sorted(set(door.update.metrics) - {"tokens"})))
-    figure = draw(st.sampled_from([0, 0.0, 5e-324, 1e299, 2**62]))
+    figure = draw(st.sampled_from([0, 0.0, 5e-324, 9e14, 2**49]))
     warning = draw(st.text(max_size=100) | st.just("x" * 5000) | st.just("a\nround 9: \x1b[2J\x07"))
     tiny = draw(st.sampled_from([1e-45, -1e-45, -0.0, 1e-38]))
     facts = draw(st.dictionaries(names(), config_values(), max_size=2))

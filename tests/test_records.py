@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def test_parameters_that_are_missing_or_extra_are_named():
         ({"task": ConfigRecord({"silo": "ant", "round": float("inf")})}, "not a number"),
         ({"metrics": MetricRecord({"loss": float("nan")})}, "not a finite number"),
         ({"metrics": MetricRecord({"loss": [1.0]})}, "not a finite number"),
+        ({"metrics": MetricRecord({"bits_per_byte": 1e15})}, r"bits_per_byte=1.*below 1e\+15"),
+        ({"metrics": MetricRecord({"tokens": 2**62})}, r"tokens=4.*below 1e\+15"),
+        ({"metrics": MetricRecord({"perplexity": 1e300})}, r"below 1e\+300"),
         ({"task": ConfigRecord({"silo": "ant", "round": 1.5})}, "round=1.5 is not a whole number"),
         ({"embeddings": record()}, "nobody asked for: embeddings"),
         ({"embeddings": ConfigRecord({"a": 1})}, "nobody asked for: embeddings"),
@@ -101,6 +105,12 @@ def test_parameters_that_are_missing_or_extra_are_named():
 def test_a_reply_that_is_not_an_update_is_refused(changes: dict[str, Any], reason: str):
     with pytest.raises(BadUpdate, match=reason):
         records.read_update(update_content(**changes), SHAPES, {}, "fp32")
+
+
+def test_a_silo_whose_model_diverged_may_say_so():
+    metrics = {"perplexity": math.exp(600), "unigram_perplexity": 9.0, "bits_per_byte": 9e14}
+    content = update_content(metrics=MetricRecord(metrics))
+    assert records.read_update(content, SHAPES, {}, "fp32").metrics == metrics
 
 
 @pytest.mark.parametrize("part", ["task", "body", "metrics"])
@@ -149,6 +159,12 @@ def test_the_recipe_crosses_unchanged(recipe: Callable[..., Recipe]):
     header = records.read_header(RecordDict({"task": records.header_record("0" * 12, made, "ant")}))
     assert header.recipe == made
     assert header.silo == "ant"
+
+
+def test_no_silo_learns_what_follows_the_run(recipe: Callable[..., Recipe]):
+    header = records.header_record("0" * 12, recipe("trackers=[wandb,mlflow]"), "ant")
+    assert "wandb" not in str(header["recipe"])
+    assert records.read_header(RecordDict({"task": header})).recipe == recipe()
 
 
 def test_a_message_of_another_version_says_so():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dept_fl.report import Ledger, Screen, duration, plot
+from dept_fl.report import Ledger, Screen, duration, figure, plot
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path):
@@ -71,6 +71,27 @@ def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]):
     Screen().table(("silo", "loss"), [["fr", "1.234"]], "round 1")
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("round 1", "silo", "loss", "fr", "1.234"))
+
+
+def test_figures_of_any_size_are_short():
+    assert [figure(v) for v in (None, 0.0, 2.0, 123456.0, 1e9, 1e-5, 9e299)] == [
+        "–", "0.000", "2.000", "123,456.000", "1e+09", "1e-05", "9e+299"
+    ]  # fmt: skip
+    assert [figure(v, 1) for v in (1_490_000, 9.87654e8)] == ["1,490,000.0", "9.88e+08"]
+    assert [figure(v, 0) for v in (1_490_000, 1.49e9)] == ["1,490,000", "1.49e+09"]
+
+
+def test_one_silos_absurd_figures_leave_room_for_names(capsys: pytest.CaptureFixture[str]):
+    bad = dict.fromkeys(("bits_per_byte", "unigram_bits_per_byte", "tokens_per_s", "loss"), 9e299)
+    bad |= dict.fromkeys(("perplexity", "unigram_perplexity"), 9e299)
+    bytes_ = ("bytes_up_body", "bytes_up_embeddings", "bytes_down_body", "bytes_down_embeddings")
+    rows = [{"silo": name, **bad, **dict.fromkeys(bytes_, 1000)} for name in ("ant", "bee")]
+    screen = Screen()
+    for show in (lambda: screen.round(rows, "round 1"), lambda: screen.final(rows)):
+        show()
+        printed = capsys.readouterr().out
+        assert {"ant", "bee", "9e+299"} <= set(printed.split())
+        assert all(len(line) <= 100 for line in printed.splitlines())
 
 
 def test_the_plot_is_a_png(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dept_fl.checkpoint import save_state
 from dept_fl.cli import app
 from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
-from dept_fl.page import chart
+from dept_fl.page import bounds, chart, render
 from dept_fl.page.facts import Facts, Sample, Trouble, gather
-from dept_fl.page.render import figure, moment, page
-from dept_fl.report import Event
+from dept_fl.page.render import moment, page, write_page
+from dept_fl.report import Event, figure
+from dept_fl.traffic import Traffic
 from tests.federation import run
 
 FOLDER = Path(__file__).resolve().parents[1] / "dept_fl" / "page"
@@ -233,6 +236,29 @@ def test_a_comparisons_job_has_neither_plan_nor_round(tmp_path: Path):
     assert "spec-seed-1" in Document(page(made)).text
 
 
+def test_a_comparisons_job_that_goes_on_has_figures_and_no_end(
+    recipe: Callable[..., Recipe], tmp_path: Path
+):
+    bits = {"unigram_bits_per_byte": 3.0, "perplexity": 40.0}
+    events = [
+        trained(r, n, 4.0, bits_per_byte=7.0 - r, **bits) for r in (1, 2) for n in ("ant", "bee")
+    ][:3]  # bee is still at round 2
+    write(tmp_path, *events)
+    meta = {"recipe": json.loads(recipe("rounds=2").to_json())}
+    save_state(tmp_path / "checkpoints" / "round-00001", {}, meta)
+    made = gather(tmp_path, now=1020.0)
+    assert (made.status.round, made.status.rounds, made.status.state) == (1, 2, "running")
+    assert [row.status.bits_per_byte for row in made.silos] == [5.0, 6.0]
+    assert [row.perplexity for row in made.silos] == [40.0, 40.0]
+    text = Document(page(made)).text
+    assert "Rounds 1 of 2 Bits per byte 5.500 mean of 2 silos; unigram floor 3.000" in text
+    save_state(tmp_path / "checkpoints" / "round-00002", {}, meta)
+    made = gather(tmp_path, now=1020.0)  # the last bodies are still to be evaluated
+    assert (made.status.round, made.status.state) == (2, "running")
+    (tmp_path / "result.json").write_text("{}")
+    assert gather(tmp_path, now=1020.0).status.state == "ended"
+
+
 def test_one_model_on_all_silos_text_is_no_silo(tmp_path: Path):
     events = [trained(1, "all", 6.0), evaluated(1, "ant", 2.0), evaluated(1, "bee", 3.0)]
     made = gather(write(tmp_path, *events), now=9000.0)
@@ -323,6 +349,28 @@ def test_odd_values_are_left_out(tmp_path: Path, odd: Event):
     Document(shown(tmp_path, *LEDGER[:8], odd))
 
 
+def test_a_figure_that_is_too_large_is_unknown_and_told(tmp_path: Path):
+    bad = evaluated(1, "bee", 2e15, during_round=2)
+    made = gather(write(tmp_path, *LEDGER[:8], bad, evaluated(1, "ant", 4.0)), now=1100.0)
+    assert [row.status.bits_per_byte for row in made.silos] == [4.0, None]
+    assert [row.perplexity for row in made.silos] == [80.0, None]
+    assert (made.bits_per_byte, made.unigram_bits_per_byte) == (4.0, 3.5)
+    assert made.curves["bits_per_byte"]["bee"] == {0: 7.0}
+    reason = "too large to be shown: bits_per_byte=2e+15, perplexity=4e+16, activation_norm=2e+16"
+    assert made.troubles == [Trouble("warning", 1011.0, 1, "bee", reason)]
+    text = Document(page(made)).text
+    assert "Bits per byte 4.000 unigram floor" in text
+    assert "bee – 3.500 – 5.000" in text
+    assert reason in text
+
+
+def test_far_off_figures_leave_others_their_lines_and_means(tmp_path: Path):
+    made = gather(write(tmp_path, *LEDGER, evaluated(2, "cat", 9e14)), now=1100.0)
+    assert made.bits_per_byte == 2.5
+    words = "mean of 2 silos; unigram floor 3.500; left out as far off: 1"
+    assert words in Document(page(made)).text
+
+
 def test_a_line_nested_too_deep_is_one_clear_error(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(f"{'[' * 100_000}\n")
     with pytest.raises(DeptError, match="line 1: no right 'event'"):
@@ -330,6 +378,20 @@ def test_a_line_nested_too_deep_is_one_clear_error(tmp_path: Path):
 
 
 # ---- many silos ----------------------------------------------------------------------------------
+
+
+def test_seconds_that_sum_to_nothing_have_no_share(tmp_path: Path):
+    events = [PLAN, trained(1, "ant", 1.0, train_s=-5.0, evaluate_s=5.0, transfer_s=0.0)]
+    text = Document(shown(tmp_path, *events)).text
+    assert re.search(r"evaluate a silo 5 s 5 s – ", text)
+
+
+def test_ratios_are_those_of_the_measured_traffic(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Traffic, "up_ratio", 0.5)
+    monkeypatch.setattr(Traffic, "down_ratio", 0.25)
+    (row,) = render._formula([Traffic("ant", [1], 1, 1, 1, 1), Traffic("bee", [1], 1, 1, 1, 1)])
+    assert isinstance(row, dict)
+    assert (row["silos"], row["up_ratio"], row["down_ratio"]) == ("ant, bee", "0.5000", "0.2500")
 
 
 def test_a_hundred_silos_are_muted_lines_with_their_mean(tmp_path: Path):
@@ -386,6 +448,32 @@ def test_a_line_lies_where_its_values_are():
     assert "a 10.000" in made.about
 
 
+def test_values_far_off_are_neither_drawn_nor_in_the_mean():
+    curves = {"a": {0: 8.0, 1: 4.0}, "b": {0: 7.0, 1: 9e14}, "c": {1: 9e14}}
+    made = chart.lines("l", "u", curves, figure, {"a": 3.0, "b": 9e14})
+    without = chart.lines("l", "u", {"a": {0: 8.0, 1: 4.0}, "b": {0: 7.0}}, figure, {"a": 3.0})
+    assert made.y_ticks == without.y_ticks
+    assert [line.path for line in made.lines] == [*(line.path for line in without.lines), ""]
+    assert [(line.last, line.floor_text) for line in made.lines] == [
+        ("4.000", "3.000"), ("9e+14", ""), ("9e+14", "")
+    ]  # fmt: skip
+    assert made.note == "Values too far off to be drawn, or in a mean: 2 of b, c."
+    assert without.note == ""
+    many = chart.lines(
+        "l", "u", {f"s{i:02}": {1: 9e14 if i > 8 else 2.0} for i in range(14)}, figure
+    )
+    assert many.lines[-1].last == "2.000"
+    assert many.note.endswith("in a mean: 5 of s09, s10, s11 and 2 more.")
+
+
+def test_what_is_far_off_is_a_thousand_times_the_middle():
+    assert bounds.near([2.0, 3.0, 1e6, None]) == [2.0, 3.0]
+    assert bounds.near([2.0, 999.0]) == [2.0, 999.0]  # a model that diverged
+    assert bounds.near([5e-324, 5e-324, 6.0, 0.0]) == [5e-324, 5e-324, 6.0, 0.0]
+    assert bounds.near([9e14]) == [9e14]
+    assert bounds.near([0.0, -2e4, -30.0, -31.0]) == [0.0, -2e4, -30.0, -31.0]
+
+
 def test_bars_are_stacked_and_many_rounds_share_one():
     made = chart.bars("b", {"a": {1: 2.0, 2: 1.0}, "b": {1: 2.0}}, figure)
     tops = [[float(y) for y in re.findall(r"V([\d.]+)H", bar.path)] for bar in made.bars]
@@ -405,10 +493,9 @@ def test_the_last_round_is_always_drawn():
     assert chart.thin([5], 4) == [5]
 
 
-def test_figures_and_moments_of_any_size_are_short():
-    assert [figure(v) for v in (None, 0.0, 2.0, 123456.0, 1e9, 1e-5)] == [
-        "–", "0.000", "2.000", "123,456.000", "1e+09", "1e-05"
-    ]  # fmt: skip
+def test_seconds_and_moments_of_any_size_are_short():
+    said = [render._seconds(s) for s in (0, 1e-4, 0.5, 0.9997, 21.94, 999.7, 1234.0)]
+    assert said == ["0 s", "< 1 ms", "500 ms", "1 s", "21.9 s", "1,000 s", "1,234 s"]
     assert moment(-1e15 + 1).endswith("UTC")
     assert len(moment(1e15 - 1)) < 30
 
@@ -509,7 +596,7 @@ def test_what_the_page_shows_as_json(tmp_path: Path):
         ("nowhere", "a.html", "nowhere: no such folder"),
         ("empty", "a.html", "metrics.jsonl: No such file"),
         (".", "none/a.html", "none/a.html: cannot be written: No such file"),
-        (".", "empty", "empty: cannot be written"),
+        (".", "empty", "empty: is not a regular file; name another file with --out"),
     ],
 )
 def test_a_mistake_is_one_clear_error(tmp_path: Path, folder: str, out: str, reason: str):
@@ -522,6 +609,21 @@ def test_a_mistake_is_one_clear_error(tmp_path: Path, folder: str, out: str, rea
     assert "Traceback" not in done.output
     left = {path.name for path in tmp_path.rglob("*")}
     assert left == {"empty", "metrics.jsonl"}
+
+
+def test_a_link_is_followed_and_a_pipe_left_alone(tmp_path: Path):
+    write(tmp_path, *LEDGER)
+    (tmp_path / "link.html").symlink_to("there.html")
+    for _ in range(2):  # one that leads nowhere yet, and one that leads to a page
+        _, file = write_page(tmp_path, tmp_path / "link.html")
+        assert file == tmp_path / "link.html"
+        assert file.is_symlink()
+        assert Document((tmp_path / "there.html").read_text(encoding="utf-8"))
+        (tmp_path / "there.html").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DeptError, match=r"pipe: is not a regular file; name another .* --out"):
+        write_page(tmp_path, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_the_wheel_has_what_the_page_is_made_of():

@@ -15,12 +15,15 @@ from dept_fl import status
 from dept_fl.cli import app
 from dept_fl.errors import DeptError
 from dept_fl.report import Event
-from dept_fl.status import Incident, SiloStatus, Status, read, summary, view, watch
+from dept_fl.status import Incident, SiloStatus, Status, look, read, summary, view, watch
 
 PLAN = {
     "event": "plan", "time": 1000.0, "recipe": "spec-opt", "experiment": "c91962f035dd",
     "rounds": 4, "estimate_s": 40.0, "silos": {"bee": {}, "ant": {}},
 }  # fmt: skip
+
+
+BITS = {"bits_per_byte": 5.0, "unigram_bits_per_byte": 3.5}
 
 
 def event(kind: str, at: float, **fields: Any) -> Event:
@@ -80,8 +83,31 @@ def test_a_silo_is_what_its_last_answers_tell():
 def test_a_comparisons_job_tells_its_round_and_no_speed(tmp_path: Path):
     trained = [event("silo_train", 1000.0 + r, round=r, silo="ant") for r in (1, 2)]
     made = summary(read(write(tmp_path, *trained)), now=1003.0)
-    assert made.round == 2
+    assert made.round == 1  # other silos may not have trained in the second one
     assert made.silos == [SiloStatus("ant", seen=1002.0, merged_round=2)]
+    assert (
+        summary([*trained, event("silo_eval", 1003.0, round=2, silo="ant", **BITS)], 1003.0).round
+        == 2
+    )
+
+
+def test_a_comparisons_job_stands_as_its_folder_tells(tmp_path: Path):
+    trained = [event("silo_train", 1.0, round=1, silo=n, **BITS) for n in ("ant", "bee")]
+    write(tmp_path, *trained)
+    assert (look(tmp_path).round, look(tmp_path).state) == (0, "silent")
+    (tmp_path / "checkpoints" / "round-00001").mkdir(parents=True)
+    assert (look(tmp_path).round, look(tmp_path).state) == (1, "silent")
+    (tmp_path / "result.json").write_text("{}")
+    assert (look(tmp_path).round, look(tmp_path).state) == (1, "ended")
+    assert [silo.bits_per_byte for silo in look(tmp_path).silos] == [5.0, 5.0]
+
+
+def test_a_runs_rounds_are_those_that_it_wrote(tmp_path: Path):
+    (tmp_path / "checkpoints" / "round-00009").mkdir(parents=True)
+    (tmp_path / "result.json").write_text("{}")
+    ahead = event("silo_train", 1021.0, round=3, silo="ant", tokens_per_s=1.0)
+    made = look(write(tmp_path, PLAN, *whole_round(1, 1020.0), ahead))
+    assert (made.round, made.state) == (1, "silent")
 
 
 def test_the_time_left_is_that_of_the_rounds_left_less_what_this_one_has_had():
@@ -208,7 +234,7 @@ def test_what_is_shown(tmp_path: Path):
     )
     rows = [line.split() for line in text.splitlines()]
     assert ["ant", "12", "s", "ago", "1", "3.000", "3.500", "500", "0"] in rows
-    assert ["bee", "-", "-", "-", "-", "-", "1"] in rows
+    assert ["bee", "–", "–", "–", "–", "–", "1"] in rows
     assert text.endswith("\n  2 s ago, round 2, bee: has NaN\n")
 
 
@@ -218,6 +244,24 @@ def test_a_reason_takes_one_line_and_is_no_markup():
     assert last.startswith("  0 s ago, round 1, bee: [red]no[/] :smile: file xxx")
     assert last.endswith("…")
     assert len(last) == 80
+
+
+def test_nothing_in_a_ledger_steers_the_terminal():
+    bad = "x\x1b[2J\x9b1m\u202e\ny"
+    plan = {**PLAN, "name": bad, "recipe": bad, "experiment": bad, "silos": {bad: {}}}
+    events = [plan, {**failure(1, 1001.0, bad), "silo": bad}, {**failure(1, 1001.0, bad)}]
+    text = shown(summary(events, now=1002.0), width=200)
+    assert all(each.isprintable() or each == "\n" for each in text)
+    assert text.count("x?[2J?1m? y") == 7
+
+
+def test_one_silos_absurd_figures_leave_room_for_names():
+    bad = {"bits_per_byte": 9e299, "unigram_bits_per_byte": 9e299}
+    events = [event("silo_eval", 1001.0, round=0, silo=name, **bad) for name in ("ant", "bee")]
+    events += [event("silo_train", 1001.0, round=1, silo="ant", tokens_per_s=9e299)]
+    text = shown(summary([PLAN, *events], now=1002.0))
+    assert {"ant", "bee", "9e+299"} <= set(text.split())
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_a_refused_node_is_told_without_a_silo():

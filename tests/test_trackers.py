@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -308,7 +309,57 @@ def test_what_fails_in_the_midst_is_dropped_and_told_no_more(
     assert fragile.told == [1]
     fragile.breaks_at = 99
     assert follow_rounds(recipe("trackers=[mlflow]"), tmp_path, 4) == []
-    assert fragile.told == [1, 4, -1]  # 2 and 3 are missing; nothing is there twice
+    assert fragile.told == [1, 3, 4, -1]  # 2 is missing; nothing is there twice
+
+
+def test_a_note_that_fails_is_the_only_one_that_is_lost(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fragile: type[Fragile]
+):
+    ledger = Ledger(tmp_path)
+    for step in (1, 3, 2):  # a silo that is late is told of behind the round
+        ledger.write("failure", round=step, silo="bee", reason="no")
+        time.sleep(0.002)  # the ledger has milliseconds
+
+    def note(self: Fragile, text: str, step: int, time_s: float) -> None:
+        if step == broken:
+            raise OSError("gone")
+        self.told.append(step)
+
+    monkeypatch.setattr(fragile, "note", note)
+    broken = 3
+    assert len(follow_rounds(recipe("trackers=[mlflow]"), tmp_path, 0)) == 1
+    assert fragile.told == [1]
+    broken = 0
+    assert follow_rounds(recipe("trackers=[mlflow]"), tmp_path, 0) == []
+    assert fragile.told == [1, 2, -1]
+
+
+def test_a_slow_tracker_is_dropped_after_a_minute_and_told_the_rest_on_resume(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fragile: type[Fragile]
+):
+    # A request takes 25 s, by a clock that only requests move.
+    monkeypatch.setattr(trackers, "monotonic", lambda: 25.0 * len(fragile.told))
+    (warning,) = follow_rounds(recipe("trackers=[mlflow]"), tmp_path, 5)
+    assert "mlflow follows no more: TimeoutError: what is new took longer than 60 s" in warning
+    assert fragile.told == [1, 2, 3]
+    assert follow_rounds(recipe("trackers=[mlflow]"), tmp_path, 5) == []
+    assert fragile.told == [1, 2, 3, 4, 5, -1]
+
+
+def test_mlflow_takes_a_thousand_figures_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow = pytest.importorskip("mlflow")
+    sizes, send = [], mlflow.MlflowClient.log_batch
+
+    def log_batch(self: Any, run_id: str, metrics: Any = (), **more: Any) -> None:
+        sizes.append(len(metrics))
+        send(self, run_id, metrics=metrics, **more)
+
+    config = {f"setting-{i}": i for i in range(150)}  # of which it takes only a hundred
+    made = trackers.MLflow(Run("e1", "name", tmp_path, config, resumed=False))
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
+    made.scalars({f"loss/{i}": 1.0 for i in range(1001)}, 1, 1.0)
+    assert sizes == [1000, 1]
+    assert len(made._client.get_run(made._id).data.metrics) == 1001
 
 
 def test_a_damaged_memory_of_what_was_told_drops_the_tracker(

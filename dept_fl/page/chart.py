@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from dept_fl.page.bounds import reach
+
 WIDTH, HEIGHT = 400, 238
 RIGHT, TOP, BOTTOM = 392, 12, 202
 NAMED = 12  # more lines are muted, and their mean stands out
@@ -21,6 +23,7 @@ _LEAST_POINTS = 24  # of one
 _MARKS = 14  # of one
 _BARS = 60
 _ROWS = 60  # of the table under a chart
+_FAR_NAMES = 3
 _R = 3.2  # half a mark's size
 _LETTER = 7.2  # how wide at most, where ticks are written
 
@@ -137,21 +140,24 @@ def lines(
 ) -> Chart:
     """A line for each silo. floors: a level of each to compare it with.
 
-    Where there are more than NAMED, their mean over those that have a value stands out.
+    Where there are more than NAMED, their mean over those that have a value stands out. Values far
+    off are neither drawn nor in the mean.
     """
-    curves, levels = {k: v for k, v in curves.items() if v}, dict(floors or {})
+    curves = {k: v for k, v in curves.items() if v}
+    most = reach([v for curve in curves.values() for v in curve.values()])
+    levels = {name: level for name, level in (floors or {}).items() if abs(level) <= most}
     many = len(curves) > NAMED
-    middle = _over_silos(curves, fmean)
+    middle = _over_silos({name: _within(curve, most) for name, curve in curves.items()}, fmean)
     drawn: dict[str, Curve] = {name: curves[name] for name in sorted(curves)}
     if many:
         name = f"mean of {len(curves)} silos"
         drawn[name] = middle
         levels = {name: fmean(levels.values())} if levels else {}
-    values = [v for curve in curves.values() for v in curve.values()] + list(levels.values())
-    axes = _Axes(sorted(middle), values, "{:g}".format)
-    most = max(_LEAST_POINTS, _POINTS // len(curves))
+    values = [v for curve in curves.values() for v in _within(curve, most).values()]
+    axes = _Axes(_rounds(curves), [*values, *levels.values()], "{:g}".format)
+    points = max(_LEAST_POINTS, _POINTS // len(curves))
     made = [
-        _line(silo, _look(i, len(curves), many), curve, axes, form, levels.get(silo), most)
+        _line(silo, _look(i, len(curves), many), curve, most, axes, form, levels.get(silo), points)
         for i, (silo, curve) in enumerate(drawn.items())
     ]
     shown = {made[-1].name: middle} if many else drawn
@@ -161,15 +167,29 @@ def lines(
     return Chart(
         title=title,
         unit=unit,
-        about=_said(made[-1:] if many else made, sorted(middle)),
+        about=_said(made[-1:] if many else made, _rounds(curves)),
         left=axes.left,
         x_ticks=axes.x_ticks,
         y_ticks=axes.y_ticks,
         lines=made,
         head=head,
         rows=rows,
-        note=_extremes(curves, form) if many else "",
+        note=" ".join(filter(None, [_extremes(curves, form) if many else "", _far(curves, most)])),
     )
+
+
+def _within(curve: Curve, most: float) -> Curve:
+    return {round_: value for round_, value in curve.items() if abs(value) <= most}
+
+
+def _far(curves: Mapping[str, Curve], most: float) -> str:
+    counts = {name: len(curve) - len(_within(curve, most)) for name, curve in curves.items()}
+    names = sorted(name for name, count in counts.items() if count)
+    if not names:
+        return ""
+    rest = f" and {len(names) - _FAR_NAMES:,} more" if len(names) > _FAR_NAMES else ""
+    who = ", ".join(names[:_FAR_NAMES]) + rest
+    return f"Values too far off to be drawn, or in a mean: {sum(counts.values()):,} of {who}."
 
 
 def _look(i: int, count: int, many: bool) -> int:
@@ -182,20 +202,22 @@ def _line(
     name: str,
     look: int,
     curve: Curve,
+    most: float,
     axes: _Axes,
     form: Form,
     floor: float | None,
-    most: int,
+    count: int,
 ) -> Line:
-    rounds = thin(sorted(curve), most)
+    """most: what is larger is not drawn. count: of points, at most."""
+    rounds = thin(sorted(_within(curve, most)), count)
     points = [(axes.x(r), axes.y(curve[r])) for r in rounds]
     marked = points if len(points) == 1 or look >= 0 else []
     return Line(
         name=name,
         look=look,
-        path="M" + "L".join(f"{x:g},{y:g}" for x, y in points),
+        path="M" + "L".join(f"{x:g},{y:g}" for x, y in points) if points else "",
         marks="".join(mark(look, x, y) for x, y in thin_points(marked, _MARKS)),
-        last=form(curve[rounds[-1]]),
+        last=form(curve[max(curve)]),
         floor=None if floor is None else axes.y(floor),
         floor_text="" if floor is None else form(floor),
     )

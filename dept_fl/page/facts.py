@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
-from dept_fl.page.bounds import NAME, REASON, clip, number, within_bounds
+from dept_fl.page.bounds import NAME, REASON, clip, near, number, within_bounds
 from dept_fl.report import Event
-from dept_fl.status import SiloStatus, Status, read, summary
+from dept_fl.status import SiloStatus, Status, of_job, read, summary
 from dept_fl.traffic import Traffic, measured, recipe_of
 
 Curve = dict[int, float]  # by round
@@ -142,7 +142,7 @@ class Facts:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Mean over the silos of the last that each measured."""
+        """Mean over the silos of the last that each measured, but for what is far off."""
         return _mean(row.status.bits_per_byte for row in self.silos)
 
     @property
@@ -163,7 +163,7 @@ def gather(run_dir: Path, now: float) -> Facts:
     plan = next((e for e in reversed(events) if e["event"] == "plan"), {})
     status = summary(events, now)
     if not plan:
-        status = _of_job(status, run_dir, recipe)
+        status = _of_job(of_job(status, run_dir), run_dir, recipe)
     as_one = not plan and any(e["silo"] == _EVERYONE for e in _of(events, "silo_train"))
     troubles = _troubles(events)
     return Facts(
@@ -205,18 +205,11 @@ def _formula(events: list[Event], recipe: Recipe | None, run_dir: Path) -> list[
 
 
 def _of_job(status: Status, run_dir: Path, recipe: Recipe | None) -> Status:
-    """A comparison's jobs write neither plan nor end."""
+    """A comparison's jobs write no plan."""
     name = clip(run_dir.resolve().name, NAME)
     if recipe is None:
         return replace(status, name=name)
-    done = 0 < recipe.rounds <= status.round
-    return replace(
-        status,
-        name=name,
-        variant=recipe.label,
-        rounds=recipe.rounds,
-        state="ended" if done else status.state,
-    )
+    return replace(status, name=name, variant=recipe.label, rounds=recipe.rounds)
 
 
 def _words(recipe: Recipe, as_one: bool) -> dict[str, str]:
@@ -319,8 +312,8 @@ def _silos(events: list[Event], plan: Event, status: Status) -> list[SiloRow]:
                 registered[event["silo"]] |= event
             case "silo_train":
                 trained[event["silo"]][event["round"]] = event
-            case "silo_eval":
-                perplexity[event["silo"]] = number(event, "perplexity")
+        if event["event"] in ("silo_eval", "silo_train") and "perplexity" in event:
+            perplexity[event["silo"]] = number(event, "perplexity")
     for name, facts in plan.get("silos", {}).items():
         registered[name] |= facts
     return [
@@ -395,5 +388,5 @@ def _of(events: Iterable[Event], kind: str) -> list[Event]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+    known = near(values)
     return fmean(known) if known else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from itertools import groupby
@@ -15,8 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dept_fl.checkpoint import write_whole
 from dept_fl.errors import DeptError
 from dept_fl.page import chart
+from dept_fl.page.bounds import near
 from dept_fl.page.facts import Curve, Facts, gather
-from dept_fl.report import duration, size
+from dept_fl.report import duration, figure, size
 from dept_fl.status import Status
 from dept_fl.traffic import Traffic
 
@@ -47,7 +49,10 @@ def write_page(run_dir: Path, out: Path | None = None) -> tuple[Facts, Path]:
     """
     facts, file = gather(run_dir, time.time()), out or run_dir / "report.html"
     try:
-        write_whole(file, page(facts))
+        if file.exists() and not file.is_file():
+            raise DeptError(f"{file}: is not a regular file; name another file with --out")
+        # Replaced is the file that a link leads to, never the link.
+        write_whole(Path(os.path.realpath(file)), page(facts))
     except OSError as error:
         raise DeptError(
             f"{file}: cannot be written: {error.strerror}; name another file with --out"
@@ -89,15 +94,6 @@ def page(facts: Facts) -> str:
 # ---- figures as text ----------------------------------------------------------------------------
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """So many digits behind the point; very large and small ones by their power of ten."""
-    if value is None:
-        return "–"
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits}g}"
-    return f"{value:,.{digits}f}"
-
-
 def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
@@ -110,9 +106,9 @@ def _seconds(value: float) -> str:
     """Of a part: 0 s, < 1 ms, 19 ms, 21.9 s, 1,234 s."""
     if 0 < value < 1e-3:
         return "< 1 ms"
-    if 0 < value < 1:
+    if 0 < value < 0.9995:
         return f"{value * 1e3:.0f} ms"
-    return f"{value:.3g} s" if value < 1e3 else f"{value:,.0f} s"
+    return f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"  # not 1e+03
 
 
 def _bytes(value: float) -> str:
@@ -136,9 +132,13 @@ def _cards(facts: Facts) -> list[tuple[str, str, str]]:
     total, done = facts.status.rounds, facts.status.round
     cards = [("Rounds", f"{done} of {total}" if total else str(done), "")]
     if facts.bits_per_byte is not None:
-        measured = sum(row.status.bits_per_byte is not None for row in facts.silos)
-        below = f"unigram floor {figure(facts.unigram_bits_per_byte)}"
-        below = f"mean of {measured} silos; {below}" if measured > 1 else below
+        floor = f"unigram floor {figure(facts.unigram_bits_per_byte)}"
+        found = [row.status.bits_per_byte for row in facts.silos]
+        bits = [value for value in found if value is not None]
+        averaged = len(near(bits))
+        below = f"mean of {averaged} silos; {floor}" if averaged > 1 else floor
+        if far := len(bits) - averaged:
+            below += f"; left out as far off: {far}"
         cards.append(("Bits per byte", figure(facts.bits_per_byte), below))
     if seconds := _in_all(facts.server_s or facts.silo_s):
         where = "a round" if facts.server_s else "a round at a silo"
@@ -210,7 +210,7 @@ def _parts(facts: Facts) -> list[tuple[str, str, str, str, str]]:
         whole = _in_all(parts)
         for part, curve in parts.items():
             spent = sum(curve.values())
-            share = f"{spent / whole:.1%}"
+            share = f"{spent / whole:.1%}" if whole else "–"  # sums to 0 in a damaged ledger
             rows.append((who, part, _seconds(spent / len(curve)), _seconds(spent), share))
     return rows
 
@@ -228,10 +228,10 @@ def _formula(found: list[Traffic] | str) -> list[dict[str, str]] | str:
                 "updates": f"{sum(len(one.rounds) for one in alike):,}",
                 "formula_up": f"{up:,}",
                 "up": f"{sent_up:,}",
-                "up_ratio": f"{sent_up / up:.4f}",
+                "up_ratio": f"{alike[0].up_ratio:.4f}",
                 "formula_down": f"{down:,}",
                 "down": f"{sent_down:,}",
-                "down_ratio": f"{sent_down / down:.4f}",
+                "down_ratio": f"{alike[0].down_ratio:.4f}",
             }
         )
     return rows
