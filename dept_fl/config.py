@@ -508,10 +508,17 @@ def assignments(overrides: str) -> dict[str, Any]:
     """Overrides such as ``"variant=trim rounds=4"`` as settings by dotted name.
 
     Raises:
-        ConfigError: listing every word that is none.
+        ConfigError: listing every word that is none, or tells of an open model: to read that
+            takes a recipe's file (`load_recipe`).
     """
     problems: list[str] = []
     found = dict(_overrides(overrides, problems))
+    problems += [
+        f"{key}={value!r}: what a run starts from is read with its recipe, for `dept adapt` it "
+        "is --start; set it there"
+        for key, value in found.items()
+        if key.startswith("model.start")
+    ]
     if problems:
         raise ConfigError(problems)
     return found
@@ -808,6 +815,13 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield (
             "model: set model.preset (a file of conf/models), model.config.model_type, or "
             "model.start"
+        )
+    if recipe.model.start_embeddings != ModelConfig.start_embeddings and not (
+        recipe.model.start or recipe.model.start_fingerprint
+    ):
+        yield (
+            f"model.start_embeddings={recipe.model.start_embeddings!r}: nothing without "
+            "model.start; set that too"
         )
     yield from _shares(recipe)
     if recipe.near_duplicates and not recipe.deduplicate:

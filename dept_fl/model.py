@@ -32,6 +32,13 @@ from dept_fl.loss import plain_head
 from dept_fl.mpt import FusedMptAttention, fuse
 
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Those that transformers has itself. Others it would fetch from the hub, and run.
+_IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+# What old checkpoints hold of GPT-2's kin, and no model asks for: masks of the future.
+_OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 _BLOCK = re.compile(r".*?\.\d+\.")  # of the parameters of one block: "model.layers.3."
 _PROBE_VOCABULARY = 307  # any size; a body tensor of this size on any axis does not matter
 
@@ -232,11 +239,47 @@ def load(model: ModelConfig, vocabulary: int, folder: Path) -> PreTrainedModel:
         problem = f"model.start={str(folder)!r}: transformers cannot load it: {_reason(error)}"
         raise ConfigError([problem]) from error
     made: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise ConfigError(
-            [f"model.start={str(folder)!r}: has no {', '.join(missing[:3])}; is it a causal LM?"]
-        )
+    if problem := _other_weights(made, loaded[1]):
+        raise ConfigError([f"model.start={str(folder)!r}: {problem}"])
     return made
+
+
+def _other_weights(loaded: PreTrainedModel, told: Mapping[str, Any]) -> str:
+    """What a checkpoint has less or more than the parameters of its config's model, in words.
+
+    Args:
+        told: transformers' own account, without the keys that a model is known not to need.
+    """
+    if missing := sorted(told["missing_keys"]):
+        return f"has no {', '.join(missing[:3])}; is it a causal LM?"
+    if unknown := sorted(key for key in told["unexpected_keys"] if not _OLD_MASKS.search(key)):
+        return (
+            f"has {', '.join(unknown[:3])}, which the model of its config.json has not; correct "
+            "its config.json"
+        )
+    if changed := _changed_buffers(loaded):
+        return (
+            f"its buffers {', '.join(changed[:3])} are not those of a fresh model, and parameters "
+            "alone come over; choose a model without such buffers"
+        )
+    return ""
+
+
+def _changed_buffers(loaded: PreTrainedModel) -> list[str]:
+    """Buffers of a checkpoint, such as the biases of a router, unlike those of a fresh model."""
+    kept = loaded.state_dict().keys()
+    own = {name: buffer for name, buffer in loaded.named_buffers() if name in kept}
+    if not own:
+        return []
+    with _Undrawn(), _own_generator(0):
+        fresh = dict(with_config(copy.deepcopy(loaded.config)).named_buffers())
+    # What is computed may have been rounded in the checkpoint.
+    return [
+        name
+        for name, buffer in own.items()
+        if buffer.shape != fresh[name].shape
+        or not torch.allclose(buffer.float(), fresh[name].float(), rtol=2**-7, atol=0)
+    ]
 
 
 def with_config(config: PretrainedConfig) -> PreTrainedModel:
@@ -316,13 +359,11 @@ def _config(
     try:
         config = AutoConfig.for_model(kind, **settings)
         config.vocab_size = vocabulary
-        for key in _LENGTH_KEYS:
-            if hasattr(config, key):  # an open model keeps its reach
-                own = getattr(config, key) if model.start_fingerprint else 0
-                setattr(config, key, max(own, sequence_tokens))
+        _lengthen(config, sequence_tokens, is_open=bool(model.start_fingerprint))
+        problems = [*_unknown_settings(config, settings), *_indivisible(config)]
     except Exception as error:  # transformers raises whatever the config's checks raise
         raise ConfigError([f"model.config (model_type={kind!r}): {_reason(error)}"]) from error
-    problems = [*_unknown_settings(config, settings), *_indivisible(config), *_foreign(config)]
+    problems += dict.fromkeys([*_foreign(model.config), *_foreign(config)])
     if problems:
         raise ConfigError(problems)
     config.bos_token_id = config.eos_token_id = end_id
@@ -331,6 +372,20 @@ def _config(
     if hasattr(config, "is_decoder"):
         config.is_decoder = True  # BERT and its kin would look ahead otherwise
     return config
+
+
+def _lengthen(config: PretrainedConfig, sequence_tokens: int, is_open: bool) -> None:
+    """Set the longest sequence; an open model's is at least its own.
+
+    Where its positions are rotary it stays as it is: frequencies may be scaled by it, and no
+    parameter depends on it.
+    """
+    if is_open and getattr(config, "rope_parameters", None):
+        return
+    for key in _LENGTH_KEYS:
+        if hasattr(config, key):
+            own = getattr(config, key) if is_open else 0
+            setattr(config, key, max(own, sequence_tokens))
 
 
 def _known_kind(kind: Any) -> str:
@@ -374,10 +429,23 @@ def _indivisible(config: PretrainedConfig) -> Iterator[str]:
         yield f"model.config: {heads} attention heads do not divide over {groups} key-value heads"
 
 
-def _foreign(config: PretrainedConfig) -> Iterator[str]:
-    kernel = getattr(config, "_attn_implementation", None)
-    if "/" in str(kernel):  # a name on the hub, whose code transformers would fetch and run
-        yield f"model.config.attn_implementation={kernel!r}: must be one of transformers' own"
+def _foreign(part: Any) -> Iterator[str]:
+    """Kernels of others, named anywhere in the settings or in a config with its parts."""
+    if isinstance(part, PretrainedConfig):
+        part = vars(part)
+    if isinstance(part, list | tuple):
+        part = dict(enumerate(part))
+    if not isinstance(part, Mapping):
+        return
+    for key, value in part.items():
+        kind = str(key).strip("_").removesuffix("_internal")
+        if kind not in _IMPLEMENTATIONS:
+            yield from _foreign(value)
+            continue
+        for name in value.values() if isinstance(value, Mapping) else [value]:
+            if name is not None and name not in _IMPLEMENTATIONS[kind]:
+                own = ", ".join(_IMPLEMENTATIONS[kind])
+                yield f"model.config.{kind}={name!r}: must be one of {own}"
 
 
 def _from_config(config: PretrainedConfig) -> PreTrainedModel:

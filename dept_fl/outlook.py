@@ -16,6 +16,7 @@ from dept_fl.model import layout
 from dept_fl.progress import Progress
 from dept_fl.report import size, table
 from dept_fl.silo import Silo, with_shared_tokenizer
+from dept_fl.start import check_start
 from dept_fl.story import dropped, glimpses
 from dept_fl.tokenizer import Tokenizer, load_tokenizer
 from dept_fl.workbench import Written, written
@@ -103,7 +104,9 @@ def look_ahead(recipe: Recipe, home: Path, progress: Progress) -> Outlook:
     Raises:
         DeptError: what the run would stumble over, with the mend.
     """
-    progress.during("looking at the model", lambda: layout(recipe.model, recipe.sequence_tokens))
+    with progress.stage("looking at the model"):
+        layout(recipe.model, recipe.sequence_tokens)
+        check_start(recipe)
     for name in recipe.silo_names:
         silo = Silo(name, recipe, home, "", progress.watch)
         progress.during(f"{name}: reading the data", lambda: silo.corpus)  # noqa: B023

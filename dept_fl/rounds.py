@@ -496,8 +496,11 @@ def last_checkpoint(run_dir: Path, recipe: Recipe) -> tuple[Tensors, dict[str, A
         ConfigError: it was made with other settings. DeptError: none can be read.
     """
     tensors, meta = _newest_whole(run_dir / "checkpoints")
-    changed = differences(recipe_from_json(json.dumps(meta["recipe"])), recipe)
-    changed = [line for line in changed if line.split(":")[0] not in FREE_ON_RESUME]
+    old = recipe_from_json(json.dumps(meta["recipe"]))
+    free = set(FREE_ON_RESUME)
+    if all(each.shared_tokenizer == each.model.start for each in (old, recipe)):
+        free.add("shared_tokenizer")  # the open model's, known by its fingerprint
+    changed = [line for line in differences(old, recipe) if line.split(":")[0] not in free]
     if changed:
         raise ConfigError([f"resume with another recipe: {line}" for line in changed])
     return tensors, meta

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,10 @@ from dept_fl.tokenizer import Vocabulary, load_tokenizer
 from dept_fl.transfer import Source, Target, transfer
 
 _WANTED = ("*.json", "*.model", "*.txt", "*.safetensors")  # of a hub's repository
-_COUNTED = ("config.json", "tokenizer.json", "tokenizer.model", "*.safetensors")
+_COPIES = "consolidated*"  # the same weights once more, as those who trained them keep them
+_COUNTED = {"config.json", "*.safetensors", "*.model", "tokenizer.json", "tokenizer_config.json"}
+_COUNTED |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"}
+_COUNTED |= {"merges.txt"}
 # What a config says of its checkpoint or its tokenizer, not of the model.
 _NOT_THE_MODELS = {"architectures", "dtype", "transformers_version", "vocab_size", "use_cache"}
 _NOT_THE_MODELS |= {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id"}
@@ -41,14 +46,7 @@ def written_out(model: ModelConfig) -> ModelConfig:
     config, fingerprint = _read_config(model.start, folder), _fingerprint(folder)
     if model.start_fingerprint not in ("", fingerprint):
         raise _other_model(model, fingerprint)
-    known = type(config)()  # a checkpoint's config may say more than transformers knows
-    settings = {
-        key: value
-        for key, value in config.to_diff_dict().items()
-        if hasattr(known, key) and key not in _NOT_THE_MODELS
-    }
-    # As it comes back from a checkpoint and from the server.
-    settings = json.loads(json.dumps({**settings, "model_type": config.model_type}))
+    settings = _settings(model.start, config)
     differing = [key for key, value in model.config.items() if settings.get(key) != value]
     if differing:
         raise ConfigError(
@@ -61,12 +59,31 @@ def written_out(model: ModelConfig) -> ModelConfig:
     return replace(model, config=settings, start_fingerprint=fingerprint)
 
 
+def _settings(name: str, config: PretrainedConfig) -> dict[str, Any]:
+    """What a config says of the model, as it comes back from a checkpoint and from the server."""
+    known = type(config)()  # a checkpoint's config may say more than transformers knows
+    try:
+        settings = {
+            key: value
+            for key, value in config.to_diff_dict().items()
+            if hasattr(known, key) and key not in _NOT_THE_MODELS
+        }
+    except Exception as error:  # a setting that differs by layer is not told of the whole
+        reason = f"its config cannot be written out: {shorten(str(error), 200)}"
+        raise _unusable(name, reason) from error
+    found: dict[str, Any] = json.loads(json.dumps({**settings, "model_type": config.model_type}))
+    return found
+
+
 def _folder(name: str) -> Path:
     """Where the files lie, fetched from the hub where the name is no folder."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+        fetched = snapshot_download(
+            name, allow_patterns=list(_WANTED), ignore_patterns=["*/*", _COPIES]
+        )
+        return Path(fetched)
     except Exception as error:  # of several libraries, none of them documented
         reason = shorten(str(error), 200) or type(error).__name__
         raise _unusable(
@@ -86,7 +103,7 @@ def _read_config(name: str, folder: Path) -> PretrainedConfig:
         raise _unusable(name, f"is a {', '.join(made_for)}, not a causal LM")
     if getattr(config, "quantization_config", None):
         raise _unusable(name, "its weights are quantised, which cannot be trained on")
-    if not list(folder.glob("*.safetensors")):
+    if not any(file.suffix == ".safetensors" for file in _counted(folder)):
         raise _unusable(
             name, "has no *.safetensors, and pickled weights are not loaded (save it anew)"
         )
@@ -95,9 +112,19 @@ def _read_config(name: str, folder: Path) -> PretrainedConfig:
 
 def _fingerprint(folder: Path) -> str:
     """Of config, weights and tokenizer, by what is in the files."""
-    files = sorted({file for pattern in _COUNTED for file in folder.glob(pattern)})
+    return _digest(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in _counted(folder)))
+
+
+def _counted(folder: Path) -> list[Path]:
+    found = {file for pattern in _COUNTED for file in folder.glob(pattern)}
+    return sorted(file for file in found if not file.match(_COPIES))
+
+
+@functools.lru_cache(maxsize=4)  # weights are gigabytes, and asked for several times
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files with their size and time, which change whenever they do."""
     found = hashlib.sha256()
-    for file in files:
+    for file, *_ in files:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         found.update(f"{file.name} {digest}\n".encode())
@@ -123,6 +150,14 @@ def _other_model(model: ModelConfig, fingerprint: str) -> ConfigError:
 
 
 # ---- what is before round 1 --------------------------------------------------------------
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raise DeptError where the open model that a run starts from does not do."""
+    if recipe.model.gives_embeddings:
+        open_model(recipe)
+    elif recipe.model.start_fingerprint:
+        _parts(recipe)
 
 
 def first_body(recipe: Recipe, found: Layout) -> Tensors:

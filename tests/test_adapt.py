@@ -92,6 +92,11 @@ def test_a_mistake_is_named(runs: Path, home: Path, case: str):
         plan(runs, home, "glob", **more)
 
 
+def test_a_start_from_an_open_model_is_no_setting_of_adapt(runs: Path, home: Path):
+    with pytest.raises(ConfigError, match=r"model\.start='org/model': what a run starts from"):
+        made(plan(runs, home, "glob"), "only=[cat] model.start=org/model")
+
+
 def test_two_bodies_of_one_name_are_refused(runs: Path, home: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="two of one name"):
         Plan([str(runs / "glob-seed-3"), str(tmp_path / "glob-seed-3")], ["random"], home)

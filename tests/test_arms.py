@@ -93,6 +93,12 @@ def test_an_arm_takes_its_own_settings_from_the_recipe(recipe: Make):
         ARMS["glob"].recipe(with_lines(recipe(), ["glob inner.rate=1"]))
 
 
+def test_no_arm_has_an_open_model_of_its_own(recipe: Make):
+    base = with_lines(recipe(), ["glob model.start=org/model"])
+    with pytest.raises(ConfigError, match=r"model\.start='org/model': .* read with its recipe"):
+        ARMS["glob"].recipe(base)
+
+
 def with_lines(recipe: Recipe, lines: list[str]) -> Recipe:
     return replace(recipe, arms=lines)
 

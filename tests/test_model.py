@@ -424,6 +424,24 @@ BAD = [
     ),
     ({**LLAMA, "hidden_act": "gelloo"}, "cannot build it: KeyError: 'gelloo'"),
     ({**LLAMA, "attn_implementation": "org/code"}, "attn_implementation='org/code': must be one"),
+    (
+        {**LLAMA, "attn_implementation": "flash_attention_2"},  # which may be fetched too
+        "attn_implementation='flash_attention_2': must be one of eager, sdpa",
+    ),
+    (
+        {"model_type": "gemma3", "attn_implementation": {"text_config": "org/code"}},
+        "attn_implementation='org/code': must be one",
+    ),
+    (
+        {"model_type": "gemma3", "text_config": {"_attn_implementation": "org/code"}},
+        "attn_implementation='org/code': must be one",
+    ),
+    (
+        {**LLAMA, "experts_implementation": "sonicmoe"},
+        "experts_implementation='sonicmoe': must be one of eager, batched_mm, grouped_mm",
+    ),
+    ({"model_type": "gemma4_text"}, "model_type='gemma4_text'.: .*'head_dim' is a per-layer attri"),
+    ({"model_type": "gemma4_text", "head_dim": 8}, "'head_dim' is a per-layer attribute"),
     ({"model_type": "xlnet"}, "model_type='xlnet'.: NotImplementedError: .*no sequence length"),
     ({"model_type": "gemma3"}, "model: has no token embeddings or no body; is it a causal LM"),
 ]
@@ -448,6 +466,12 @@ ACCEPTED = [
 def test_what_transformers_itself_writes_or_translates_is_accepted(settings: Any) -> None:
     found = layout(Model(config={**LLAMA, **settings}), LENGTH)
     assert len(found.body) == 19
+
+
+@pytest.mark.parametrize("name", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_may_run_by_what_transformers_has_itself(name: str) -> None:
+    mixture = {**LLAMA, "model_type": "mixtral", "num_local_experts": 2}
+    assert layout(Model(config={**mixture, "experts_implementation": name}), LENGTH).body
 
 
 def test_building_a_model_changes_no_recipe():

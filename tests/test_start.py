@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -26,7 +28,8 @@ from dept_fl.config import CONF_DIR, Recipe, load_recipe
 from dept_fl.errors import ConfigError, DeptError
 from dept_fl.evaluate import evaluate
 from dept_fl.export import export, silo_at_home
-from dept_fl.model import layout, parameters
+from dept_fl.model import assemble, build, layout, parameters
+from dept_fl.outlook import look_ahead
 from dept_fl.pretrained import load_pretrained
 from dept_fl.progress import Progress
 from dept_fl.rounds import Server, last_checkpoint, shared_tokenizer
@@ -47,6 +50,9 @@ LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32}
 LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
 MPT = {"model_type": "mpt", "d_model": 16, "n_layers": 1, "n_heads": 2}
+# Its second layer routes by scores to which a buffer is added.
+ROUTED = {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2}
+ROUTED |= {"first_k_dense_replace": 1, "moe_intermediate_size": 8, "head_dim": 8, "n_group": 1}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "max_position_embeddings": REACH, "tie_word_embeddings": True},
     "llama-untied": {**LLAMA, "max_position_embeddings": REACH, "tie_word_embeddings": False},
@@ -273,6 +279,54 @@ def test_the_fingerprint_changes_with_the_weights(
         starting(tmp_path / "same", f"model.start_fingerprint={before}")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"],
+)  # fmt: skip
+def test_the_fingerprint_is_of_the_tokenizers_files_too(
+    starting: Make, llama: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    before = starting(tmp_path / "model").model.start_fingerprint
+    with (tmp_path / "model" / name).open("a") as file:
+        file.write("{}" if not file.tell() else "\n")
+    assert starting(tmp_path / "model").model.start_fingerprint != before
+
+
+def test_a_second_copy_of_the_weights_is_left_alone(
+    starting: Make, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / "consolidated.safetensors").write_bytes(b"the same, named otherwise")
+    (tmp_path / "model" / "README.md").write_text("a model")
+    own = starting(llama).model.start_fingerprint
+    assert starting(tmp_path / "model").model.start_fingerprint == own
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "dept_fl.start.snapshot_download", lambda _, **words: asked.update(words) or str(llama)
+    )
+    assert starting("org/model").model.start_fingerprint == own  # type: ignore[arg-type]
+    there = ["config.json", "model.safetensors", "consolidated.safetensors", "tokenizer.model"]
+    there += ["original/params.json", "onnx/model.safetensors", "pytorch_model.bin"]
+    assert list(filter_repo_objects(there, **asked)) == [there[0], there[1], there[3]]
+
+
+def test_weights_that_have_not_changed_are_not_read_again_for_the_fingerprint(
+    starting: Make, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    read, plain = [], hashlib.file_digest
+
+    def counted(file: Any, how: str) -> Any:
+        read.append(Path(file.name).name)
+        return plain(file, how)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    open_model(starting(tmp_path / "model"))
+    assert read.count("model.safetensors") == 1
+
+
 def test_a_path_is_relative_to_the_recipe_and_its_reach_is_kept(
     llama: Path, tmp_path: Path, tiny_file: Path
 ) -> None:
@@ -283,6 +337,27 @@ def test_a_path_is_relative_to_the_recipe_and_its_reach_is_kept(
     assert made.model.start == str(tmp_path / "models" / "mine")
     longer = load_recipe(tmp_path / "recipe.yaml", f"sequence_tokens={2 * REACH}")
     assert layout(longer.model, longer.sequence_tokens).positions == {}  # rotary: no end
+    built = build(longer.model, 340, longer.sequence_tokens, seed=0)
+    assert built.config.max_position_embeddings == REACH
+
+
+@pytest.mark.parametrize("how", ["dynamic", "longrope"])
+def test_beyond_its_reach_a_model_scales_its_frequencies_as_ever(
+    starting: Make, text: list[str], home: Path, tmp_path: Path, how: str
+) -> None:
+    rope: dict[str, Any] = {"rope_type": how, "rope_theta": 1e4}
+    if how == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+        rope["original_max_position_embeddings"] = REACH // 4
+    else:
+        rope["factor"] = 4.0
+    save_model(tmp_path, text, **KINDS["llama"], rope_parameters=rope)
+    made = starting(tmp_path, f"variant=glob tokenizer=shared sequence_tokens={2 * REACH}")
+    server = server_of(made, home)
+    ours = assemble(made.model, 2 * REACH, server.body, server.embeddings, 340).eval()
+    ids = torch.arange(2 * REACH)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=ids).logits, opened(tmp_path)(input_ids=ids).logits)
 
 
 def test_the_recipe_that_comes_along_is_a_good_one(llama: Path) -> None:
@@ -366,9 +441,10 @@ def test_a_model_that_cannot_be_a_start_is_refused_with_its_mend(
     assert told.format(folder) in problem
 
 
-def test_a_fingerprint_without_a_model_is_refused(recipe: Make) -> None:
-    with pytest.raises(ConfigError, match="start_fingerprint: nothing without"):
-        recipe("model.start_fingerprint=abc")
+@pytest.mark.parametrize("setting", ["start_fingerprint=abc", "start_embeddings=mix"])
+def test_what_is_nothing_without_a_model_is_refused(recipe: Make, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}.*: nothing without"):
+        recipe(f"model.{setting}")
 
 
 def fewer_weights(folder: Path) -> None:
@@ -380,6 +456,17 @@ def fewer_weights(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_weights(*names: str) -> Callable[[Path], None]:
+    """A checkpoint with more of them than its config's model has."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        more = {name: torch.ones(4) for name in names}
+        save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
 LATE: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "no head": ("llama-untied", fewer_weights, "", "has no lm_head.weight; is it a causal LM?"),
     "tied by mistake": (
@@ -389,6 +476,15 @@ LATE: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
     "too long": (
         "gpt2", lambda f: None, f"sequence_tokens={REACH + 1}",
         f"has learned positions (transformer.wpe.weight) for {REACH} only; lower it",
+    ),
+    "fewer layers": (
+        "llama", of_the_config(num_hidden_layers=1), "",
+        "has model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, "
+        "model.layers.1.mlp.gate_proj.weight, which the model of its config.json has not",
+    ),
+    "biases": (
+        "llama", with_weights("model.layers.0.self_attn.q_proj.bias"), "",
+        "has model.layers.0.self_attn.q_proj.bias, which the model of its config.json has not",
     ),
     "another width": ("llama", of_the_config(intermediate_size=48), "", "cannot load it"),
     "no tokenizer": ("llama", lambda f: without(f, "tokenizer*"), "", "tokenizer '{0}'"),
@@ -415,6 +511,44 @@ def test_weights_or_a_tokenizer_that_do_not_fit_are_refused(
     with pytest.raises(DeptError) as caught:
         open_model(starting(folder, overrides))
     assert told.format(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+    ],
+)
+def test_what_old_checkpoints_hold_of_no_use_is_passed_over(
+    starting: Make, models: dict[str, Path], home: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    shutil.copytree(models[kind], tmp_path / "model")
+    with_weights(name)(tmp_path / "model")
+    server = server_of(starting(tmp_path / "model", "variant=glob tokenizer=shared"), home)
+    assert same({**server.body, **server.embeddings}, parameters(opened(models[kind])))
+
+
+def test_buffers_that_would_not_come_over_are_refused(
+    starting: Make, text: list[str], home: Path, tmp_path: Path
+) -> None:
+    save_model(tmp_path, text, **ROUTED)
+    made = starting(tmp_path, "variant=glob tokenizer=shared")
+    assert server_of(made, home).body  # as long as they are those of any such model
+    tensors = load_file(tmp_path / "model.safetensors")
+    (bias,) = (name for name in tensors if name.endswith("e_score_correction_bias"))
+    tensors[bias][0] = 0.5
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    changed = starting(tmp_path, "variant=glob tokenizer=shared")
+    with pytest.raises(ConfigError, match=f"its buffers {bias} are not those of a fresh model"):
+        server_of(changed, home)
+
+
+def test_a_config_that_differs_by_layer_is_refused(starting: Make, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma4_text"}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="its config cannot be written out: 'head_dim' is a per-"):
+        starting(tmp_path)
 
 
 def test_a_sequence_beyond_learned_positions_is_fine_with_fresh_ones(
@@ -454,6 +588,33 @@ def test_a_stopped_run_goes_on_from_the_same_model_alone(
     assert same(again.body, server.body)
     with pytest.raises(ConfigError, match=r"resume with another recipe: model\.start_fing"):
         last_checkpoint(tmp_path / "run", starting(models["llama-untied"], "rounds=2"))
+
+
+def test_a_shared_tokenizer_may_move_with_the_model(
+    starting: Make, models: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    folder, words = tmp_path / "model", "variant=glob tokenizer=shared rounds=2"
+    shutil.copytree(models["llama"], folder)
+    server_of(starting(folder, words), home).save(tmp_path / "run")
+    folder.rename(tmp_path / "moved")
+    moved = with_shared_tokenizer(starting(tmp_path / "moved", words), home)
+    assert last_checkpoint(tmp_path / "run", moved)[1]["round"] == 0
+    other = shlex.quote(f"shared_tokenizer={models['gpt2']}")
+    with pytest.raises(ConfigError, match="resume with another recipe: shared_tokenizer"):
+        last_checkpoint(tmp_path / "run", starting(tmp_path / "moved", f"{words} {other}"))
+
+
+@pytest.mark.parametrize("words", ["", "model.start_embeddings=random"])
+def test_a_dry_run_looks_at_the_model_too(
+    starting: Make, models: dict[str, Path], home: Path, tmp_path: Path, words: str
+) -> None:
+    shutil.copytree(models["gpt2"], tmp_path / "model")
+    with_weights("more")(tmp_path / "model")
+    with pytest.raises(ConfigError, match="has more, which the model of its config"):
+        look_ahead(starting(tmp_path / "model", words), home, Progress())
+    longer = starting(models["gpt2"], f"sequence_tokens={REACH + 1}")
+    with pytest.raises(ConfigError, match=f"for {REACH} only; lower it"):
+        look_ahead(longer, home, Progress())
 
 
 def test_other_commands_go_on_working(
@@ -561,8 +722,10 @@ def test_a_model_of_the_partners_is_nothing_to_a_federation_without_one(
     recipe: Make, partners: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     files = partners(start="{}-model")
-    server = deployed(recipe("silos={} min_silos=2 rounds=1"), files, tmp_path)
+    made = recipe("silos={} min_silos=2 rounds=1")
+    server = deployed(made, files, tmp_path)
     assert server.members["bee"].merged == [1]
+    assert load_silo_file(files[0]).over(made).first_model == 1  # round 0 has no model
 
 
 def test_a_partners_check_tells_whether_the_model_is_there(
