@@ -481,3 +481,9 @@ def test_building_a_model_changes_no_recipe():
     layout(model, LENGTH)
     build(model, 50, LENGTH, 0)
     assert model.config["rope_parameters"] == {"rope_type": "default"}
+
+
+def test_transformers_fetches_no_kernels():
+    from transformers.integrations import hub_kernels
+
+    assert not hub_kernels._kernels_enabled
