@@ -27,6 +27,7 @@ Ints = npt.NDArray[np.int64]
 
 _PASS_TOKENS = 8192  # in one pass of the model
 _MOST_TOKENS = 2048  # of a window that nobody asked for
+_COLUMN = "text"  # where nobody names another
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Question:
         files: none for the silo's own validation split.
         column, settings: see `NamedFiles`.
         window: tokens that the model sees at once; 0: as many as it takes, up to 2,048.
+
+    Raises:
+        DeptError: for how to read files where none are named.
     """
 
     folder: Path
@@ -46,6 +50,12 @@ class Question:
     settings: list[str]
     window: int
     device: str
+
+    def __post_init__(self) -> None:
+        idle = {"--set": self.settings, "--column": self.column != _COLUMN}
+        if not self.files and any(idle.values()):
+            named = ", ".join(option for option, given in idle.items() if given)
+            raise DeptError(f"{named}: goes with --data FILES; none is given")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ class ConfigError(DeptError):
         return type(self), (self.problems,)  # as it is, from one process to another
 
 
+class Failed(DeptError):
+    """What was asked for is right, and yet it did not come about: a server or a disk failed."""
+
+
 class DamagedState(DeptError):
     """Saved state that is missing, cut short or changed; what was saved before may be whole."""
 

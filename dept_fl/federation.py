@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -26,9 +27,16 @@ from dept_fl.certificates import (
     read_issued,
 )
 from dept_fl.checkpoint import whole_folder, write_whole
-from dept_fl.errors import DeptError
+from dept_fl.errors import DeptError, Failed
 from dept_fl.gateway import nginx_conf
-from dept_fl.local import flower_environment, listens, wait_until_up
+from dept_fl.local import (
+    APP,
+    IN_CHECKOUT,
+    app_folder,
+    flower_environment,
+    listens,
+    wait_until_up,
+)
 from dept_fl.servers import Watch, interrupted_by_signals, serving
 
 _SETTINGS = "federation.json"
@@ -63,6 +71,11 @@ class Federation:
     @property
     def ca_file(self) -> Path:
         return self.folder / "ca.crt"
+
+    @property
+    def app(self) -> str:
+        """What `flwr run` takes: a checkout is run from within, a wheel has no pyproject.toml."""
+        return "." if IN_CHECKOUT else str(self.folder / APP)
 
     @property
     def ca_fingerprint(self) -> str:
@@ -106,6 +119,7 @@ def init(folder: Path, settings: Settings) -> Federation:
 
     Raises:
         DeptError: the folder is in use, a setting is bad, or the connection's name is taken.
+        Failed: the disk does not take it.
     """
     federation = Federation(folder.absolute(), settings)
     _check(settings)
@@ -116,11 +130,12 @@ def init(folder: Path, settings: Settings) -> Federation:
         with whole_folder(federation.folder) as draft:
             draft.chmod(0o700)  # before any key is in it
             _fill(draft, settings)
+            app_folder(draft)
             if connected is not None:
                 config.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(config.resolve(), connected)
     except OSError as error:
-        raise DeptError(f"not writable: {error}") from error
+        raise Failed(f"not writable: {error}") from error
     return federation
 
 
@@ -212,7 +227,7 @@ next:
     cp fr.pub {partners}/    # `start` registers the keys in there
     flwr supernode register {partners}/fr.pub {name} --name fr    # while it runs
   send to your partners: {federation.ca_file} and the address {federation.address}
-  flwr run . {name} --stream"""
+  flwr run {shlex.quote(federation.app)} {name} --stream"""
 
 
 # ---- Flower's configuration --------------------------------------------------------------
@@ -269,11 +284,12 @@ def start(folder: Path, words: Sequence[str], tell: Callable[[str], None]) -> No
         tell: takes each line for the operator.
 
     Raises:
-        DeptError: something is missing, or one of the two ended by itself.
+        DeptError: something is missing. Failed: one of the two did not start, or ended by itself.
     """
     federation = load(folder)
     _check_certificate(federation, tell)
     _check_ports(federation.settings)
+    app_folder(federation.folder)  # dept may be a newer one than at the last start
     environment = _environment(federation)
     superlink = _superlink_command(federation, environment, words)
     nginx = _nginx_command(federation, environment)
@@ -356,5 +372,5 @@ def _wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
     while True:
         for name, watch in watches.items():
             if trouble := watch.trouble():
-                raise DeptError(f"{name} {trouble}; see above")
+                raise Failed(f"{name} {trouble}; see above")
         time.sleep(0.5)

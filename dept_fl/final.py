@@ -78,8 +78,8 @@ def home_of(folder: Path) -> Path:
     above = folder.parents
     if len(above) < 5 or (above[1].name, above[3].name) != ("state", "silos"):
         raise DeptError(
-            f"{folder}: in no home; name <home>/silos/<silo>/state/<experiment>/final, or the "
-            "home as well"
+            f"{folder}: in no home; name <home>/silos/<silo>/state/<experiment>/final itself: a "
+            "copy lacks the silo's tokenizer"
         )
     return above[4]
 

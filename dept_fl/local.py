@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,13 @@ from typing import IO, Any
 import psutil
 
 from dept_fl import PACKAGE, ROOT
-from dept_fl.errors import DeptError
+from dept_fl.checkpoint import whole_folder
+from dept_fl.errors import DeptError, Failed
 from dept_fl.progress import Progress
 
 COMPLETED = "finished:completed"
+IN_CHECKOUT = PACKAGE.parent == ROOT
+APP = "dept-fl"  # the folder of the Flower app that is made of what is installed
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 
@@ -66,15 +70,15 @@ def simulate(
 
 
 def app_folder(scratch: Path) -> Path:
-    """The folder of the Flower app: the checkout, or one made of what is installed."""
-    if PACKAGE.parent == ROOT:
+    """The folder of the Flower app: the checkout, or one in `scratch` of what is installed now."""
+    if IN_CHECKOUT:
         return ROOT
-    app = scratch / "dept-fl"
-    shutil.copytree(ROOT, app)
     code = shutil.ignore_patterns("__pycache__", ROOT.name)
-    for package in (PACKAGE.name, "server_app", "client_app"):
-        shutil.copytree(PACKAGE.parent / package, app / package, ignore=code)
-    return app
+    with whole_folder(scratch / APP, overwrite=True) as draft:
+        shutil.copytree(ROOT, draft, dirs_exist_ok=True)
+        for package in (PACKAGE.name, "server_app", "client_app"):
+            shutil.copytree(PACKAGE.parent / package, draft / package, ignore=code)
+    return scratch / APP
 
 
 def _toml(value: object) -> str:
@@ -117,9 +121,10 @@ def _superlink(flower_home: Path, environment: dict[str, str], progress: Progres
     """A SuperLink on a free loopback port, ended with the block; yields its connection name."""
     port = _free_port()
     name = f"dept-{port}"
+    flower_home.mkdir(parents=True, exist_ok=True)
+    # A new one each time: that of a run that failed stays, and its port may come again.
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=flower_home))
     connection = f'[superlink.{name}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    folder = flower_home / name
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(f'[superlink]\ndefault = "{name}"\n{connection}')
     environment["FLWR_HOME"] = str(folder)
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
@@ -149,14 +154,14 @@ def wait_until_up(process: subprocess.Popen[bytes], port: int, name: str) -> Non
     """Wait for a server to listen.
 
     Raises:
-        DeptError: it ended, or does not listen after a minute.
+        Failed: it ended, or does not listen after a minute.
     """
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         if listens(port):
             return
         time.sleep(0.2)
-    raise DeptError(f"{name} did not start")
+    raise Failed(f"{name} did not start")
 
 
 def listens(port: int) -> bool:
@@ -233,7 +238,7 @@ def _runs(connection: str, environment: dict[str, str]) -> list[dict[str, Any]]:
     try:
         runs: list[dict[str, Any]] = json.loads(printed.stdout)["runs"]
     except (ValueError, KeyError) as error:
-        raise DeptError(f"`flwr list` failed: {printed.stdout}{printed.stderr}") from error
+        raise Failed(f"`flwr list` failed: {printed.stdout}{printed.stderr}") from error
     return runs
 
 
@@ -248,6 +253,8 @@ def _last_status(connection: str, environment: dict[str, str]) -> str:
 
 
 def _stop_runs(connection: str, environment: dict[str, str]) -> None:
-    for each in _runs(connection, environment):
-        command = ["flwr", "stop", str(each["run-id"]), connection]
-        subprocess.run(command, env=environment, capture_output=True, check=False)
+    """Ask Flower to stop them; where it cannot, ending the SuperLink ends them too."""
+    with suppress(DeptError, OSError):
+        for each in _runs(connection, environment):
+            command = ["flwr", "stop", str(each["run-id"]), connection]
+            subprocess.run(command, env=environment, capture_output=True, check=False)

@@ -122,6 +122,8 @@ def test_people_read_lines(silo: Silo):
 
 def test_what_cannot_be_is_one_clear_error(silo: Silo, zeros: Path, tmp_path: Path):
     assert "brings no text: name some with --data" in refused(str(zeros))
+    idle = refused(str(silo.final_folder), "--column", "body", "--set", "sample_by=line")
+    assert idle.endswith("error: --set, --column: goes with --data FILES; none is given\n")
     assert "no model; give a silo's folder" in refused(str(tmp_path))
     (tmp_path / "t.jsonl").write_text('{"body": "x"}')
     data = ["--data", str(tmp_path / "t.jsonl")]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dept_fl.cli import app, runs
 from dept_fl.cli.common import EXIT_CODES
-from dept_fl.errors import DeptError
+from dept_fl.errors import DeptError, Failed
 from dept_fl.report import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +84,14 @@ def test_each_command_stands_in_a_group_of_its_kind():
     assert panels == ["Options", "Pre-train", "Compare", "Use a model", "Silos and federations"]
 
 
+def test_an_option_of_several_commands_has_the_same_words_in_all():
+    words: dict[str, set[str]] = {}
+    for parameter in (p for each in COMMANDS.values() for p in each.params):
+        for option in parameter.opts:
+            words.setdefault(option, set()).add(getattr(parameter, "help", None) or "")
+    assert [len(words[option]) for option in ("--home", "--json", "--column")] == [1, 1, 1]
+
+
 def test_all_that_ends_by_itself_speaks_json():
     silent = {path for path, each in COMMANDS.items()
               if "--json" not in [word for p in each.params for word in p.opts]}  # fmt: skip
@@ -136,6 +144,106 @@ def test_a_relative_home_from_the_environment_is_refused(monkeypatch: pytest.Mon
     assert "must be absolute" in done.stderr
 
 
+WRITERS = {
+    "compare": "compare conf/demo.yaml --out",
+    "adapt": "adapt random --recipe conf/demo.yaml --out",
+    "train": "tokenizer train conf/*.yaml --vocab-size 300 --out",
+    "finetune": "finetune nowhere --task sst2 --out",
+    "export": "export nowhere --silo fr --out",
+    "split": "silo split conf/demo.yaml --silos 2 --out",
+}
+
+
+@pytest.mark.parametrize("words", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("below", ["", "/x", "/x/y"])
+def test_a_file_in_place_of_the_output_is_told_before_any_work(
+    tmp_path: Path, words: str, below: str
+):
+    file = tmp_path / "f.txt"
+    file.write_text("mine")
+    done = CliRunner().invoke(app, [*words.split(), f"{file}{below}"])
+    line = f"error: --out {file}{below}: {file} is a file; name a folder\n"
+    assert (done.exit_code, done.stderr) == (2, line)
+    assert file.read_text() == "mine"
+
+
+def test_an_output_that_may_not_be_written_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    done = CliRunner().invoke(app, [*WRITERS["train"].split(), str(tmp_path / "new")])
+    assert done.exit_code == 2
+    assert f"you may not write to {tmp_path}; name another folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run ~",
+        "run --run-dir ~",
+        "run --home ~",
+        "status ~",
+        "report ~",
+        "cost --measured ~",
+        "compare conf/demo.yaml --out ~",
+        "adapt ~ --out out",
+        "adapt random --out ~",
+        "adapt random --own ~ --out out",
+        "export ~ --silo fr --out out",
+        "export --silo-file ~ --out out",
+        "generate ~",
+        "evaluate ~",
+        "finetune ~ --task sst2",
+        "silo new fr --data x --folder ~",
+        "silo new fr --data x --home ~",
+        "silo new fr --data x --tokenizer ~",
+        "silo new fr --hub ~",
+        "silo check ~",
+        "silo start ~ --superlink a:1 --root-certificates ca.crt",
+        "silo split x --silos 2 --out ~",
+        "tokenizer train x --vocab-size 300 --out ~",
+        "tokenizer show ~",
+        "tokenizer compare ~ x --data x",
+        "federation init ~ --host a.org",
+        "federation start ~",
+    ],
+)
+def test_a_home_of_nobody_is_one_clear_error(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runs, "simulate", None)  # would be called in vain
+    monkeypatch.setenv("DEPT_HOME", str(tmp_path))
+    path = "~nobody-of-this-name/x"
+    done = CliRunner().invoke(app, words.replace("~", path).split())
+    assert done.exit_code == 2, done.output
+    assert f"error: {path}: ~nobody-of-this-name is no user's home here" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["tokenizer show x --text", "generate x --prompt"])
+def test_text_that_is_not_utf_8_is_one_clear_error(words: str):
+    given = os.fsdecode(b"ab\xffc")  # as Python reads it from a command line
+    done = CliRunner().invoke(app, [*words.split(), given])
+    option = words.split()[-1]
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {option} 'ab\\udcffc': is not UTF-8; write it in that encoding\n"
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--run-dir", "x"]])
+def test_a_dry_run_takes_no_option_of_a_run(words: list[str], tmp_path: Path):
+    done = CliRunner().invoke(app, ["run", "--dry-run", "--home", str(tmp_path), *words])
+    assert done.exit_code == 2
+    assert "give it without --resume and --run-dir" in done.stderr
+
+
+def test_a_dry_run_misses_what_the_run_would_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dept_fl.trackers.find_spec", lambda _: None)
+    words = ["run", "conf/demo.yaml", "trackers=[wandb]", "--dry-run", "--home", str(tmp_path)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "trackers=wandb: not installed" in done.stderr
+
+
 # ---- ends ------------------------------------------------------------------------------------
 
 
@@ -143,7 +251,11 @@ def test_a_relative_home_from_the_environment_is_refused(monkeypatch: pytest.Mon
     ("raised", "code", "line"),
     [
         (DeptError("x=1: must be 2"), 2, "error: x=1: must be 2\n"),
+        (Failed("nginx did not start"), 1, "error: nginx did not start\n"),
         (OSError(errno.ENOSPC, "No space left", "/x"), 1, "error: /x: No space left\n"),
+        (OSError(errno.EEXIST, "It is there", "/x"), 1, "error: /x: It is there\n"),
+        (OSError(errno.EISDIR, "Is a folder", "/x"), 1, "error: /x: Is a folder\n"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "/x"), 1, "error: /x: Too long\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (KeyboardInterrupt("go on with --resume"), 130, "stopped; go on with --resume\n"),
         (typer.Exit(1), 1, ""),
@@ -313,3 +425,31 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path, monkeypatch: py
     assert done.exit_code == 130
     assert done.stderr.endswith("stopped; before its first whole round\n")
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["compare {0} --arms spec-opt", "adapt random --recipe {0}"])
+def test_where_all_jobs_fail_the_json_is_an_empty_list(
+    words: str, tiny_file: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dept_fl.jobs.run_jobs", lambda *_: ([], ["a: it diverged"]))
+    more = ["--out", str(tmp_path / "out"), "--home", str(home)]
+    for as_json, said in ((["--json"], "[]\n"), ([], "")):
+        done = CliRunner().invoke(app, [*words.format(tiny_file).split(), *more, *as_json])
+        assert (done.exit_code, done.stdout) == (1, said), done.output
+        assert done.stderr.endswith("jobs failed:\na: it diverged\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compare {} --arms sdt-1",
+        "compare {} --equal words",
+        "adapt random",
+        "adapt random --recipe {} --own {}",
+    ],
+)
+def test_a_mistake_leaves_no_folder_for_results(words: str, tiny_file: Path, tmp_path: Path):
+    given = words.replace("{}", str(tiny_file)).split()
+    done = CliRunner().invoke(app, [*given, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2, done.output
+    assert list(tmp_path.iterdir()) == []

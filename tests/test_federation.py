@@ -137,7 +137,7 @@ def test_a_place_in_use_is_refused(dept: Dept, tmp_path: Path, made: str):
 def test_a_place_that_cannot_be_written_is_one_clear_error(dept: Dept, tmp_path: Path):
     (tmp_path / "file").write_text("x")
     done = dept("init", tmp_path / "file" / "fed", *HOST)
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert done.stderr.splitlines()[-1].startswith("error: not writable: ")
     assert not config(tmp_path).exists()
 
@@ -400,21 +400,21 @@ def test_partners_in_the_folder_are_registered_again_at_each_start(tmp_path: Pat
 def test_where_one_of_the_two_dies_both_end(tmp_path: Path, name: str):
     with Federation(tmp_path, secure=True) as federation:
         superlink = federation.superlink()
-        assert "already: if it is this federation, end it first" in refused_start(federation)
+        assert "already: if it is this federation, end it first" in refused_start(federation, 2)
         (victim,) = (
             child
             for child in psutil.Process(superlink.process.pid).children()
             if name in " ".join(child.cmdline())
         )
         victim.kill()
-        assert superlink.wait_for_exit() == 2
+        assert superlink.wait_for_exit() == 1
         assert f"error: {name} ended with exit status -9" in superlink.output
         assert processes_of(tmp_path) == []
 
 
-def refused_start(federation: Federation) -> str:
+def refused_start(federation: Federation, code: int) -> str:
     done = federation.run("dept", "federation", "start", str(federation.init_folder), check=False)
-    assert done.returncode == 2
+    assert done.returncode == code
     return done.stderr
 
 
@@ -422,7 +422,7 @@ def refused_start(federation: Federation) -> str:
 def test_a_configuration_that_nginx_refuses_is_told_and_nothing_is_left(tmp_path: Path):
     federation = Federation(tmp_path, secure=True)
     (federation.init_folder / "nginx" / "nginx.conf").write_text("events {}\nnonsense;\n")
-    told = refused_start(federation)
+    told = refused_start(federation, 1)
     assert 'unknown directive "nonsense"' in told
     assert "error: nginx did not start" in told
     assert processes_of(tmp_path) == []

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from dept_fl import local
 from dept_fl.cli import app
-from dept_fl.local import _free_port, _toml, end_tree
+from dept_fl.errors import Failed
+from dept_fl.local import _free_port, _runs, _stop_runs, _superlink, _toml, app_folder, end_tree
+from dept_fl.progress import Progress
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,56 @@ def test_stop_ends_the_superlink_of_its_port_alone(
 def test_stop_looks_where_flower_was_told_to_listen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39998")
     assert CliRunner().invoke(app, ["stop"]).stdout == "no local SuperLink on port 39998\n"
+
+
+# ---- what fails at Flower ----------------------------------------------------------------------
+
+
+def script(folder: Path, name: str, code: str) -> dict[str, str]:
+    """An environment in which a command is this."""
+    (folder / name).write_text(f"#!{sys.executable}\n{code}")
+    (folder / name).chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+def test_a_superlink_that_does_not_start_failed_and_its_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    environment = script(tmp_path, "flower-superlink", "raise SystemExit('no')")
+    port = _free_port()
+    monkeypatch.setattr(local, "_free_port", lambda: port)  # as it may come again
+    for _ in range(2):
+        with (
+            pytest.raises(Failed, match="did not start"),
+            _superlink(tmp_path / "flower", environment, Progress()),
+        ):
+            raise AssertionError
+    folders = list((tmp_path / "flower").iterdir())
+    assert [(folder / "superlink.out").read_text() for folder in folders] == ["no\n", "no\n"]
+
+
+def test_runs_that_flower_cannot_list_fail_and_do_not_disturb_the_end(tmp_path: Path):
+    environment = script(tmp_path, "flwr", "print('nonsense')")
+    with pytest.raises(Failed, match="`flwr list` failed: nonsense"):
+        _runs("here", environment)
+    _stop_runs("here", environment)  # the Ctrl-C behind it goes on
+
+
+def test_the_app_of_what_is_installed_takes_the_place_of_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    site, made = tmp_path / "site", tmp_path / "scratch" / "dept-fl"
+    for name in ("dept_fl/project/conf/a.yaml", "server_app/app.py", "client_app/app.py"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("1")
+    monkeypatch.setattr(local, "IN_CHECKOUT", False)
+    monkeypatch.setattr(local, "PACKAGE", site / "dept_fl")
+    monkeypatch.setattr(local, "ROOT", site / "dept_fl" / "project")
+    assert app_folder(made.parent) == made
+    assert (made / "conf" / "a.yaml").read_text() == "1"
+    (site / "client_app" / "app.py").write_text("2")
+    (site / "dept_fl" / "project" / "conf" / "a.yaml").rename(site / "dept_fl/project/conf/b.yaml")
+    assert app_folder(made.parent) == made
+    assert (made / "client_app" / "app.py").read_text() == "2"
+    assert [file.name for file in (made / "conf").iterdir()] == ["b.yaml"]
+    assert not (made / "dept_fl" / "project").exists()

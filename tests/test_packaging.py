@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import dept_fl
+from tests.deployment import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -327,6 +329,36 @@ def test_the_app_made_of_an_installed_wheel_is_that_of_the_checkout(
     done = run_outside(outside, tmp_path, "python", "-c", code)
     assert done.returncode == 0, done.stderr
     assert sorted(zipfile.ZipFile(tmp_path / "app.fab").namelist()) == sorted(bundled)
+
+
+def test_an_operator_with_an_installed_wheel_gets_the_app_with_the_federation(
+    outside: Path, bundled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submitted(app: str) -> list[str]:
+        code = "import sys; from pathlib import Path; from flwr.cli.build import *"
+        code += "; Path('app.fab').write_bytes(build_fab_from_disk(Path(sys.argv[1])))"
+        done = run_outside(outside, tmp_path, "python", "-c", code, app)
+        assert done.returncode == 0, done.stderr
+        return zipfile.ZipFile(tmp_path / "app.fab").namelist()
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    federation = str(tmp_path / "my federation")
+    ports = [f"--port={free_port()}", f"--superlink-port={free_port()}"]
+    words = ["federation", "init", federation, "--host", "fl.example.org", *ports]
+    done = run_outside(outside, tmp_path, "dept", *words)
+    assert done.returncode == 0, done.stderr
+    run, app, *more = shlex.split(done.stdout.splitlines()[-1].removeprefix("  flwr "))
+    assert (run, more) == ("run", ["partners", "--stream"])
+    assert sorted(submitted(app)) == sorted(bundled)
+
+    # As an older version may have left it; the start fails at a word that Flower does not know.
+    (Path(app) / "conf" / "demo.yaml").rename(Path(app) / "conf" / "old.yaml")
+    (tmp_path / "nginx").write_text("#!/bin/sh")
+    (tmp_path / "nginx").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    done = run_outside(outside, tmp_path, "dept", "federation", "start", federation, "--bogus")
+    assert (done.returncode, "did not start" in done.stderr) == (1, True), done.stderr
+    assert sorted(submitted(app)) == sorted(bundled)
 
 
 @pytest.mark.flower

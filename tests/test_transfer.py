@@ -490,7 +490,7 @@ def test_a_copy_of_a_final_folder_needs_the_home_named(
 ):
     copy = tmp_path / "final"
     shutil.copytree(finals[0], copy)
-    with pytest.raises(DeptError, match=r"in no home; name <home>/silos/.* or the home as well"):
+    with pytest.raises(DeptError, match=r"in no home; name <home>/silos/.* itself"):
         read_final(copy)
     assert same(read_final(copy, home).body, read_final(finals[0]).body)
 

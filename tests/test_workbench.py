@@ -188,3 +188,15 @@ def test_a_folder_that_is_there_is_never_overwritten(data: Path, tmp_path: Path)
     done = dept("train", data, "--out", tmp_path, "--vocab-size", 300)
     assert done.exit_code == 2
     assert "is there already; name a new folder" in done.stderr
+
+
+def test_the_home_is_expanded_before_a_name_is_looked_up_on_the_hub(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        words = (data / "ant.jsonl").read_text(encoding="utf-8").splitlines()
+        (tmp_path / f"{name}.model").write_bytes(sentencepiece_model(words))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = told("compare", "~/a.model", "~/b.model", "--data", data / "ant.jsonl")
+    named = [each["name"] for each in found["tokenizers"]]
+    assert named == [str(tmp_path / "a.model"), str(tmp_path / "b.model")]

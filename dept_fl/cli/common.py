@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import typer
 from typer.core import TyperGroup
 
 from dept_fl.config import home_dir
-from dept_fl.errors import DeptError
+from dept_fl.errors import DeptError, Failed
 
 RECIPE = "conf/demo.yaml"
 
@@ -28,14 +29,27 @@ EXIT_CODES = f"""Exit codes: 0 all went well; {FAILED} it failed, or whoever rea
 {BAD_INPUT} bad input; {STOPPED} stopped by Ctrl-C or a signal to end, and all files are whole. \
 What runs until Ctrl-C (silo start, federation start, status --watch) ends with 0."""
 
-_OF_THE_MACHINE = {  # what is wrong with a disk or its rights is told in a line, not by a traceback
+# What is wrong with a disk, its rights or a path is told in a line, not by a traceback. ENOENT is
+# not among them: a file that is not there and that nobody looked for first is a slip of ours.
+_OF_THE_MACHINE = {
     errno.EACCES,
     errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 }
+
+# Options that several commands have.
+Home = Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value; all else on stderr")]
+Column = Annotated[str, typer.Option(help="that holds the text")]
+ReadSettings = Annotated[
+    list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
+]
 
 
 class Commands(TyperGroup):
@@ -52,7 +66,7 @@ def _told_how_it_ends() -> Iterator[None]:
         yield
     except DeptError as error:
         told(f"error: {error}")
-        raise typer.Exit(BAD_INPUT) from None
+        raise typer.Exit(FAILED if isinstance(error, Failed) else BAD_INPUT) from None
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
@@ -103,7 +117,53 @@ def tell_failures(failures: list[str], jobs: int) -> None:
 
 
 def home_of(home: str) -> Path:
-    return home_dir(str(Path(home).expanduser().absolute()) if home else "")
+    return home_dir(str(expanded(home).absolute()) if home else "")
+
+
+def expanded(path: str | Path) -> Path:
+    """A path of the command line, `~` and `~user` as the folders that they stand for."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise DeptError(f"{path}: {user} is no user's home here; write it in full") from None
+
+
+def expanded_name(name: str) -> str:
+    """As `expanded`, of what may be a name on the hub as well, which stays as it is."""
+    return str(expanded(name)) if name.startswith("~") else name
+
+
+def folder_for(out: Path) -> Path:
+    """The absolute path of the folder of --out, looked at before all work.
+
+    Raises:
+        DeptError: it cannot be made: a file is in its way, or nobody may write there.
+    """
+    folder = expanded(out).absolute()
+    there = _deepest(folder)
+    if not there.is_dir():
+        raise DeptError(f"--out {out}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DeptError(f"--out {out}: you may not write to {there}; name another folder")
+    return folder
+
+
+def _deepest(path: Path) -> Path:
+    """The path itself or, of the folders that it is to lie in, the deepest one there is."""
+    for each in (path, *path.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):  # not that a name is too long
+            each.lstat()
+            break
+    return each
+
+
+def require_utf8(text: str, option: str) -> None:
+    """Raise DeptError for other bytes, of which Python makes surrogates that nothing can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DeptError(f"{option} {text!r}: is not UTF-8; write it in that encoding") from None
 
 
 def as_text(overrides: list[str] | None) -> str:
@@ -113,7 +173,7 @@ def as_text(overrides: list[str] | None) -> str:
 
 def recipe_path(recipe: str) -> str:
     """Absolute if the file is here; else as given, to be looked up beside conf/."""
-    path = Path(recipe).expanduser()
+    path = expanded(recipe)
     return str(path.resolve()) if path.is_file() else recipe
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dept_fl.cli.common import AsJson, expanded
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
 
@@ -41,7 +42,7 @@ def federation_init(
     renew: Annotated[
         bool, typer.Option("--renew", help="make a new server certificate in an old folder")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make certificates, a reverse proxy's configuration and Flower's connection to it.
 
@@ -50,7 +51,7 @@ def federation_init(
     with Progress().stage("starting"):
         from dept_fl.federation import Settings, init, instructions, renew_certificate
 
-    folder, hosts = folder.expanduser(), host or []
+    folder, hosts = expanded(folder), host or []
     if renew:
         if port or superlink_port or name:
             raise DeptError("--renew changes the certificate, with --host its hosts; nothing else")
@@ -79,6 +80,6 @@ def federation_start(
     from dept_fl.federation import start
 
     try:
-        start(folder.expanduser(), words or [], typer.echo)
+        start(expanded(folder), words or [], typer.echo)
     except KeyboardInterrupt:
         typer.echo("ended")

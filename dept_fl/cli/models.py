@@ -12,7 +12,18 @@ import typer
 from rich.console import Console
 
 from dept_fl.cli import complete
-from dept_fl.cli.common import USE, home_of
+from dept_fl.cli.common import (
+    USE,
+    AsJson,
+    Column,
+    Home,
+    ReadSettings,
+    expanded,
+    expanded_name,
+    folder_for,
+    home_of,
+    require_utf8,
+)
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
 from dept_fl.report import harmless
@@ -48,8 +59,8 @@ def export(
     which: Annotated[
         Which, typer.Option("--round", help="the last, or the best that was evaluated")
     ] = Which.last,
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    home: Home = "",
+    as_json: AsJson = False,
 ) -> None:
     """Write a model of a run as an ordinary Hugging Face folder, with tokenizer and model card.
 
@@ -61,23 +72,22 @@ def export(
         raise DeptError("give RUN_DIR with --silo NAME or --global, or --silo-file FILE alone")
     if experiment and silo_file is None:
         raise DeptError("--experiment: goes with --silo-file; a run has but one")
-    progress, best = Progress(), which is Which.best
+    target, progress, best = folder_for(out), Progress(), which is Which.best
     with progress.stage("starting"):
         from dept_fl import export as exporting
         from dept_fl.silo_file import load_silo_file
 
     def subject() -> exporting.Subject:
         if silo_file is not None:
-            file = load_silo_file(silo_file.expanduser().absolute())
+            file = load_silo_file(expanded(silo_file).absolute())
             return exporting.silo_at_home(file, experiment, best)
         assert run_dir is not None
-        folder, place = run_dir.expanduser().absolute(), home_of(home)
+        folder, place = expanded(run_dir).absolute(), home_of(home)
         if shared:
             return exporting.global_model(folder, place, best)
         return exporting.silo_of_run(folder, silo, place, best)
 
     found = progress.during("loading the model", subject)
-    target = out.expanduser().absolute()
     made = progress.during("writing the folder", lambda: exporting.export(found, target))
     typer.echo(made.to_json() if as_json else "\n".join(made.lines()))
 
@@ -94,18 +104,19 @@ def generate(
         int, typer.Option(help="draw among so many likeliest", min=0, show_default="all")
     ] = 0,
     seed: Annotated[int, typer.Option(help="the same seed, the same text", min=0)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let a model go on with a text, until it ends the document.
 
     Example: dept generate python-model --prompt 'def main(' --tokens 40
     """
+    require_utf8(prompt, "--prompt")
     progress = Progress()
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.evaluate import write_on
         from dept_fl.pretrained import Encoder, load_pretrained
 
-    model = progress.during("loading the model", lambda: load_pretrained(folder.expanduser()))
+    model = progress.during("loading the model", lambda: load_pretrained(expanded(folder)))
     encoder = Encoder(model.tokenizer, model.vocabulary)
     start = [encoder.end, *encoder([prompt])[0]]
     window, tell = model.sequence_tokens, partial(progress.at, unit="tokens")
@@ -132,15 +143,13 @@ def evaluate(
             show_default="the silo's own validation text",
         ),
     ] = None,
-    column: Annotated[str, typer.Option(help="that holds the text")] = "text",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
-    ] = None,
+    column: Column = "text",
+    settings: ReadSettings = None,
     window: Annotated[
         int, typer.Option(help="tokens that it sees at once", min=0, show_default="the model's")
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how well a model predicts text: bits per byte, perplexity, unigram floor.
 
@@ -150,7 +159,7 @@ def evaluate(
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.assess import Question, assess
 
-    question = Question(folder.expanduser(), data or [], column, settings or [], window, device)
+    question = Question(expanded(folder), data or [], column, settings or [], window, device)
     found = assess(question, progress)
     typer.echo(found.to_json() if as_json else "\n".join(found.lines()))
 
@@ -182,13 +191,13 @@ def finetune(
     ] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     out: Annotated[Path | None, typer.Option(help="folder for the result as TASK.json")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model on RACE, MNLI, STS-B or SST-2: accuracy, or Pearson's r for STS-B.
 
     Example: dept finetune silos/prose/state/c91962f035dd/final --task sst2
     """
-    progress = Progress()
+    target, progress = folder_for(out) if out else None, Progress()
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl import finetune as tuning
 
@@ -202,11 +211,12 @@ def finetune(
         control=control,
         device=device,
     )
-    result = tuning.finetune(folder.expanduser(), task, data, settings, seeds, progress)
+    data = expanded_name(data)
+    result = tuning.finetune(expanded(folder), task, data, settings, seeds, progress)
     if as_json:
         typer.echo(result.to_json())
     else:
         console = Console(width=100, highlight=False, markup=False, emoji=False)
         console.print(tuning.rendered(result))
-    if out:
-        typer.echo(f"result  {tuning.keep(result, out.expanduser())}", err=as_json)
+    if target:
+        typer.echo(f"result  {tuning.keep(result, target)}", err=as_json)

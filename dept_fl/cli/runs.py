@@ -18,7 +18,11 @@ from dept_fl.cli.common import (
     FAILED,
     PRETRAIN,
     RECIPE,
+    AsJson,
+    Home,
     as_text,
+    expanded,
+    folder_for,
     home_of,
     if_stopped,
     recipe_path,
@@ -45,16 +49,14 @@ def run(
         typer.Argument(help="such as variant=trim", autocompletion=complete.settings),
     ] = None,
     run_dir: Annotated[str, typer.Option(help="folder of the run; default: a new one")] = "",
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    home: Home = "",
     resume: Annotated[bool, typer.Option("--resume", help="go on with a stopped run")] = False,
     nodes: Annotated[int, typer.Option(help="virtual nodes of the simulation", min=1)] = 2,
     cpus: Annotated[int, typer.Option(help="CPU cores of one silo at work", min=1)] = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="read data, make tokenizers and tokens, and tell")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="one JSON object at the end; all else on stderr")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe in simulation: `flwr run` with the right environment and exit code.
 
@@ -65,11 +67,10 @@ def run(
     path, words = recipe_path(recipe), as_text(overrides)
     made = load_recipe(path, words)  # every mistake shows before any process starts
     require_silos(made)
+    if dry_run and (resume or run_dir):
+        raise DeptError("--dry-run makes no run: give it without --resume and --run-dir")
     place = home_of(home)
     progress = Progress()
-    if dry_run:
-        _look_ahead(made, place, progress, as_json)
-        return
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.model import layout
         from dept_fl.rounds import has_checkpoint
@@ -78,7 +79,10 @@ def run(
 
         require_packages(made)
         layout(made.model, made.sequence_tokens)
-    given = str(Path(run_dir).expanduser().absolute()) if run_dir else ""
+    if dry_run:
+        _look_ahead(made, place, progress, as_json)
+        return
+    given = str(expanded(run_dir).absolute()) if run_dir else ""
     folder = open_run_dir(given, place, made, resume)
     config = {
         "recipe": path,
@@ -108,8 +112,7 @@ def run(
 
 
 def _look_ahead(recipe: Recipe, home: Path, progress: Progress, as_json: bool) -> None:
-    with progress.stage("starting"):
-        from dept_fl.outlook import look_ahead, show
+    from dept_fl.outlook import look_ahead, show
 
     found = look_ahead(recipe, home, progress)
     if as_json:
@@ -121,7 +124,7 @@ def _look_ahead(recipe: Recipe, home: Path, progress: Progress, as_json: bool) -
 @app.command(rich_help_panel=PRETRAIN)
 def status(
     run_dir: Annotated[Path, typer.Argument(help="folder of the run, as the run printed it")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, once")] = False,
+    as_json: AsJson = False,
     follow: Annotated[bool, typer.Option("--watch", "-w", help="until the run's end")] = False,
 ) -> None:
     """Show how a run stands: its round, each silo, the last failures.
@@ -130,11 +133,11 @@ def status(
     """
     console = Console(highlight=False, markup=False, emoji=False)
     if as_json:
-        typer.echo(look(run_dir.expanduser()).to_json())
+        typer.echo(look(expanded(run_dir)).to_json())
     elif follow and sys.stdout.isatty() and not console.is_dumb_terminal:
-        watch(run_dir.expanduser(), console)
+        watch(expanded(run_dir), console)
     else:
-        console.print(view(look(run_dir.expanduser())))
+        console.print(view(look(expanded(run_dir))))
 
 
 @app.command(rich_help_panel=PRETRAIN)
@@ -170,8 +173,8 @@ def compare(
     parallel: Annotated[
         int, typer.Option(help="jobs side by side", min=0, show_default="one a core, or GPU")
     ] = 0,
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+    home: Home = "",
+    as_json: AsJson = False,
 ) -> None:
     """Compare DEPT's variants with their baselines and controls, on the same text and model.
 
@@ -179,6 +182,7 @@ def compare(
     """
     made = load_recipe(recipe_path(recipe), as_text(overrides))
     require_silos(made)
+    folder = folder_for(out)
     progress = Progress()
     with progress.stage("starting"):
         from dept_fl.arms import chosen_arms
@@ -186,8 +190,6 @@ def compare(
         from dept_fl.jobs import about, run_jobs
         from dept_fl.standings import markdown, write
 
-    folder = out.expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     place = home_of(home)
     comparison = Comparison(made, chosen_arms(arms), seeds, folder, place, equal)
     with if_stopped(_GOES_ON):
@@ -196,9 +198,12 @@ def compare(
         jobs = progress.during("planning", comparison.jobs)
         results, failures = run_jobs(jobs, folder / "runs", place, parallel, told, progress)
     facts = {"recipe": asdict(made), "arms": {arm.name: arm.words for arm in comparison.arms}}
-    if results:
-        rows = write(results, {**about(), **facts}, folder)
-        typer.echo(json.dumps([asdict(row) for row in rows]) if as_json else markdown(rows))
+    rows = write(results, {**about(), **facts}, folder) if results else []
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+    elif rows:
+        typer.echo(markdown(rows))
+    if rows:
         told(f"tables and plots are in {folder}")
     tell_failures(failures, len(jobs))
 
@@ -228,22 +233,23 @@ def adapt(
     parallel: Annotated[
         int, typer.Option(help="jobs side by side", min=0, show_default="one a core, or GPU")
     ] = 0,
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+    home: Home = "",
+    as_json: AsJson = False,
 ) -> None:
     """Pre-train on from a run's body, with other embeddings or on other text: one table.
 
     Example: dept adapt results/runs/spec-opt-seed-1 random --out adapted
     """
+    folder, place = folder_for(out), home_of(home)
     progress = Progress()
     with progress.stage("starting"):
         from dept_fl import adapt as adapting
         from dept_fl.jobs import about, run_jobs
 
-    folder = out.expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    place = home_of(home)
-    paths = [b if b == adapting.RANDOM else str(Path(b).expanduser().absolute()) for b in bodies]
+    paths = [b if b == adapting.RANDOM else str(expanded(b).absolute()) for b in bodies]
+    own = str(expanded(own).absolute()) if own else ""
+    if own and not (Path(own) / "state.json").is_file():
+        raise DeptError(f"--own {own}: no model of a silo; name its `final` folder")
     words = as_text(settings)
     plan = adapting.Plan(paths, start.split(","), place, seeds, sampling, own)
     made = plan.recipe(recipe_path(recipe) if recipe else "", words, steps, every)
@@ -251,10 +257,12 @@ def adapt(
         title = "making text, tokenizers and tokens ready"
         jobs = progress.during(title, lambda: plan.jobs(made, progress.watch))
         results, failures = run_jobs(jobs, folder / "jobs", place, parallel, told, progress)
-    if results:
-        rows = adapting.write(results, about(), folder)
-        text = json.dumps([asdict(row) for row in rows]) if as_json else adapting.markdown(rows)
-        typer.echo(text)
+    rows = adapting.write(results, about(), folder) if results else []
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+    elif rows:
+        typer.echo(adapting.markdown(rows))
+    if rows:
         told(f"table and plot are in {folder}")
     tell_failures(failures, len(jobs))
 
@@ -276,8 +284,8 @@ def cost(
     measured: Annotated[
         Path | None, typer.Option(help="folder of a run: its measured bytes beside the formula's")
     ] = None,
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON value")] = False,
+    home: Home = "",
+    as_json: AsJson = False,
 ) -> None:
     """Count parameters, memory and bytes sent of every method: for a recipe, the paper, a run.
 
@@ -291,7 +299,7 @@ def cost(
         if paper:
             made = tables.of_paper()
         elif measured:
-            made = tables.of_run(measured.expanduser())
+            made = tables.of_run(expanded(measured))
         else:
             words = as_text(overrides)
             asked = load_recipe(recipe_path(recipe or RECIPE), words)
@@ -319,7 +327,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="file of the page", show_default="RUN_DIR/report.html")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print what the page shows")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one HTML page of what happened in a run; it needs no network, and no script.
 
@@ -330,5 +338,5 @@ def report(
     with Progress().stage("making the page"):  # PyTorch takes seconds
         from dept_fl.page.render import write_page
 
-        facts, file = write_page(run_dir.expanduser(), out.expanduser() if out else None)
+        facts, file = write_page(expanded(run_dir), expanded(out) if out else None)
     typer.echo(facts.to_json() if as_json else file)

@@ -10,7 +10,19 @@ import typer
 from rich.console import Console
 
 from dept_fl.cli import complete
-from dept_fl.cli.common import FAILED, as_text, home_of, recipe_path, text_columns
+from dept_fl.cli.common import (
+    FAILED,
+    AsJson,
+    Column,
+    Home,
+    ReadSettings,
+    as_text,
+    expanded,
+    folder_for,
+    home_of,
+    recipe_path,
+    text_columns,
+)
 from dept_fl.config import load_recipe
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
@@ -44,12 +56,12 @@ def silo_new(
     tokenizer: Annotated[
         str, typer.Option(help="adopt one: SentencePiece .model, Hugging Face folder or name")
     ] = "",
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
+    home: Home = "",
     folder: Annotated[Path, typer.Option(help="where NAME.yaml and the keys will lie")] = Path(),
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="another setting of NAME.yaml: KEY=VALUE")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a silo of your text: its settings, key pair, tokenizer and tokens.
 
@@ -57,6 +69,8 @@ def silo_new(
     """
     if context.args:  # a shell put the names of files in place of a pattern
         raise DeptError(f"{context.args[0]}: quote a pattern (--data 'texts/*'), or repeat --data")
+    for each in (hub, tokenizer):  # they stand in the file as they are given
+        expanded(each)
     progress = Progress()
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.partner import Order, new_silo, read_settings
@@ -64,7 +78,7 @@ def silo_new(
 
     order = Order(
         name=name,
-        folder=folder.expanduser(),
+        folder=expanded(folder),
         data=data or [],
         hub=hub,
         hub_config=hub_config,
@@ -72,7 +86,7 @@ def silo_new(
         column=column,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        home=home,
+        home=str(expanded(home)) if home else "",
         more=read_settings(settings or []),
     )
     made = new_silo(order, progress)
@@ -88,8 +102,8 @@ def silo_list(
         list[str] | None,
         typer.Argument(help="such as validation_fraction=0.1", autocompletion=complete.settings),
     ] = None,
-    home: Annotated[str, typer.Option(help="default: $DEPT_HOME, else ~/.dept-fl")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    home: Home = "",
+    as_json: AsJson = False,
 ) -> None:
     """List silos with their text, tokens and experiments, as they lie on this machine's disk.
 
@@ -116,7 +130,7 @@ def silo_check(
     root_certificates: Annotated[
         Path | None, typer.Option(help="ca.crt, which the operator gives you")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """See whether a silo can join: data, tokenizer, a step of training, memory, time, network.
 
@@ -127,8 +141,8 @@ def silo_check(
     with progress.stage("starting"):
         from dept_fl.checkup import Checkup, Subject, as_json_text, line
 
-    path, ca_file = file.expanduser().absolute(), root_certificates
-    subject = Subject(path, recipe_path(recipe), superlink, ca_file and ca_file.expanduser())
+    path, ca_file = expanded(file).absolute(), root_certificates
+    subject = Subject(path, recipe_path(recipe), superlink, ca_file and expanded(ca_file))
     columns = text_columns() if sys.stdout.isatty() else 10_000  # else one line a check, for grep
     findings = {}
     for name, finding in Checkup(subject, progress).run():
@@ -161,9 +175,9 @@ def silo_start(
     from dept_fl.silo_file import load_silo_file
     from dept_fl.supernode import SuperNode, keep_up
 
-    path = file.expanduser().absolute()
-    own_key = (key or path.with_suffix(".key")).expanduser().absolute()
-    ca = root_certificates.expanduser().absolute()
+    path = expanded(file).absolute()
+    own_key = expanded(key or path.with_suffix(".key")).absolute()
+    ca = expanded(root_certificates).absolute()
     try:
         keep_up(SuperNode(load_silo_file(path), own_key, superlink, ca, words or []), typer.echo)
     except KeyboardInterrupt:
@@ -177,26 +191,24 @@ def silo_split(
     ],
     silos: Annotated[int, typer.Option(help="how many to make of it")],
     out: Annotated[Path, typer.Option(help="new folder for them and their recipe")] = Path("split"),
-    column: Annotated[str, typer.Option(help="that holds the text")] = "text",
+    column: Column = "text",
     labels: Annotated[
         str, typer.Option(help="column that names a document's true source, to compare with")
     ] = "",
     seed: Annotated[int, typer.Option(help="of the clustering", min=0)] = 1,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    settings: ReadSettings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make silos of a corpus whose sources nobody noted: cluster its documents.
 
     Example: dept silo split corpus.jsonl --silos 8 --out parts
     """
+    folder_for(out)
     progress = Progress()
     with progress.stage("starting"):  # scikit-learn takes seconds
         from dept_fl.clusters import Request, show, split_files
 
-    out = out.expanduser()
-    request = Request(files, out, silos, seed, column, labels, settings or [])
+    request = Request(files, expanded(out), silos, seed, column, labels, settings or [])
     found = split_files(request, progress)
     if as_json:
         typer.echo(found.to_json())

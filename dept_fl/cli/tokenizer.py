@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dept_fl.cli.common import (
+    AsJson,
+    Column,
+    ReadSettings,
+    expanded,
+    expanded_name,
+    folder_for,
+    require_utf8,
+)
 from dept_fl.config import LEAST_PIECES
 from dept_fl.errors import DeptError
 from dept_fl.progress import Progress
@@ -39,23 +48,22 @@ def tokenizer_train(
     sample_bytes: Annotated[
         int, typer.Option(help="how much text is looked at, spread over all of it", min=1000)
     ] = 4_000_000,
-    column: Annotated[str, typer.Option(help="that holds the text")] = "text",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    column: Column = "text",
+    settings: ReadSettings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a lossless tokenizer, as silos train theirs (SentencePiece unigram, byte fall-back).
 
     Example: dept tokenizer train 'texts/*.jsonl' --out fr --vocab-size 16000
     """
+    folder_for(out)
     progress = Progress()
     with progress.stage("starting"):  # PyTorch takes seconds
         from dept_fl.named_files import NamedFiles
         from dept_fl.workbench import train
 
     named = NamedFiles(files, column, settings or [])
-    _tell(train(named, vocab_size, sample_bytes, out.expanduser(), progress), [], as_json)
+    _tell(train(named, vocab_size, sample_bytes, expanded(out), progress), [], as_json)
 
 
 @app.command("show")
@@ -64,17 +72,18 @@ def tokenizer_show(
         str, typer.Argument(help="SentencePiece .model, Hugging Face folder or name, a folder made")
     ],
     text: Annotated[str, typer.Option(help="show the pieces of this")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a tokenizer is: kind, pieces, whether it loses text, how it writes one.
 
     Example: dept tokenizer show fr-tokenizer --text 'Il était une fois'
     """
+    require_utf8(text, "--text")
     with Progress().stage("loading the tokenizer"):
         from dept_fl.tokenizer import load_tokenizer
         from dept_fl.workbench import card, pieces_of
 
-        tokenizer = load_tokenizer(Path(name).expanduser() if name.startswith("~") else name)
+        tokenizer = load_tokenizer(expanded_name(name))
         found = card(name, tokenizer)
         pieces = list(pieces_of(tokenizer, text))
     _tell(found, pieces, as_json)
@@ -86,11 +95,9 @@ def tokenizer_compare(
     data: Annotated[
         list[str], typer.Option(help="files, folder or quoted pattern of text; repeatable")
     ],
-    column: Annotated[str, typer.Option(help="that holds the text")] = "text",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="sample_by, encoding, max_bytes: KEY=VALUE")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    column: Column = "text",
+    settings: ReadSettings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare tokenizers on the same text: bytes per token, what is lost, pieces in common.
 
@@ -98,6 +105,7 @@ def tokenizer_compare(
     """
     if len(names) < 2:
         raise DeptError("name two tokenizers or more; `dept tokenizer show` looks at one")
+    names = [expanded_name(name) for name in names]
     progress = Progress()
     with progress.stage("starting"):
         from dept_fl.named_files import NamedFiles
