@@ -94,8 +94,6 @@ class Inventory:
 
     def view(self) -> RenderableType:
         """For a terminal."""
-        if not self.silos:
-            return Text(f"no silos in {self.home}", no_wrap=True, overflow="ignore")
         head = ("silo", "documents", "text", "tokens", "vocabulary", "on disk")
         parts: list[RenderableType] = [table(head, map(_row, self.silos))]
         parts += [_source_line(silo) for silo in self.silos if silo.source]

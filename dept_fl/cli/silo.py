@@ -116,6 +116,8 @@ def silo_list(
     found = Progress().during("looking", lambda: inventory(place, asked))
     if as_json:
         typer.echo(found.to_json())
+    elif not found.silos:
+        typer.echo(f"no silos in {found.home}")
     else:
         Console(highlight=False, markup=False, emoji=False).print(found.view())
 
