@@ -9,10 +9,10 @@ PORT ?= $(or $(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT),39091)
 demo: setup  ## pre-train across the demo's silos, everything written into this folder
 	DEPT_HOME="$(CURDIR)" $(BIN)/dept run conf/demo.yaml
 
-# One thread each in as many processes as there are cores, up to eight; then, one after the other,
-# what starts Flower's processes and nginx.
+# One thread each in as many processes as there are cores, up to eight; then, two at a time, what
+# starts Flower's processes and nginx, which wait for each other more than they work.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not flower" -n auto --maxprocesses 8 \
-	--dist loadfile && $(BIN)/python -m pytest -m flower
+	--dist loadfile && $(BIN)/python -m pytest -m flower -n 2 --dist loadfile --timeout=1200
 
 test: setup  ## all tests
 	$(PYTEST)

@@ -134,9 +134,11 @@ def test_every_file_it_links_exists():
 
 @pytest.mark.flower
 def test_the_tutorial_from_an_empty_folder(tmp_path: Path):
-    """All its commands as they stand there, but for the installation, which is this test's own."""
+    """All its commands as they stand there, with fewer rounds, and this test's own installation."""
     installation, *blocks = bash_blocks(TUTORIAL)
     assert "pip install" in installation
+    assert "\nrounds: 6\n" in TUTORIAL
+    blocks = [block.replace("\nrounds: 6\n", "\nrounds: 3\n") for block in blocks]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "DEPT_"))}
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**kept, "HOME": str(tmp_path), "PATH": scripts}
