@@ -29,6 +29,7 @@ from dept_fl.certificates import (
 from dept_fl.checkpoint import whole_folder, write_whole
 from dept_fl.errors import DeptError, Failed
 from dept_fl.gateway import nginx_conf
+from dept_fl.interrupt import ENDING, interrupted_by
 from dept_fl.local import (
     APP,
     IN_CHECKOUT,
@@ -37,7 +38,7 @@ from dept_fl.local import (
     listens,
     wait_until_up,
 )
-from dept_fl.servers import Watch, interrupted_by_signals, serving
+from dept_fl.servers import Watch, serving
 
 _SETTINGS = "federation.json"
 _RENEW_WITHIN = timedelta(days=30)
@@ -293,7 +294,7 @@ def start(folder: Path, words: Sequence[str], tell: Callable[[str], None]) -> No
     environment = _environment(federation)
     superlink = _superlink_command(federation, environment, words)
     nginx = _nginx_command(federation, environment)
-    with interrupted_by_signals(), serving(superlink, environment) as first:
+    with interrupted_by(ENDING, once=True), serving(superlink, environment) as first:
         wait_until_up(first, federation.settings.superlink_port, "Flower's SuperLink")
         _register_partners(federation, environment, tell)
         with serving(nginx, environment) as second:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,34 +10,10 @@ from uuid import uuid4
 
 import psutil
 
+from dept_fl.interrupt import ENDING, ignore
 from dept_fl.local import end_tree, is_alive
 
 _MARK = "DEPT_SERVER"  # in the environment of a server and of all that it starts
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """A signal to end is a KeyboardInterrupt; more of them cannot disturb the clearing."""
-
-    def interrupt(*_: object) -> None:
-        _ignore_signals()
-        raise KeyboardInterrupt
-
-    before = {each: signal.getsignal(each) for each in _ENDING}
-    for each, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as `nohup` leaves it
-            signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _ignore_signals() -> None:
-    for each in _ENDING:
-        signal.signal(each, signal.SIG_IGN)
 
 
 @contextmanager
@@ -49,7 +24,7 @@ def serving(command: list[str], environment: dict[str, str]) -> Iterator[subproc
     try:
         yield process
     finally:
-        _ignore_signals()
+        ignore(ENDING)
         end_tree(process.pid)
         for each in psutil.process_iter():
             if _outlived(each, process.pid, marked[_MARK]):

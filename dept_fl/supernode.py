@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dept_fl.errors import DeptError
+from dept_fl.interrupt import ENDING, interrupted_by
 from dept_fl.local import flower_environment
-from dept_fl.servers import Watch, interrupted_by_signals, serving
+from dept_fl.servers import Watch, serving
 from dept_fl.silo_file import SiloFile
 
 AGAIN_S = 15.0
@@ -58,7 +59,7 @@ def keep_up(node: SuperNode, tell: Callable[[str], None]) -> None:
     environment = flower_environment(node.silo.home / "flower")
     while True:
         with (
-            interrupted_by_signals(),
+            interrupted_by(ENDING, once=True),
             serving(node.command(), environment) as process,
         ):
             trouble = _trouble(process)

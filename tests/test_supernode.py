@@ -15,7 +15,8 @@ import pytest
 
 from dept_fl import supernode
 from dept_fl.errors import DeptError
-from dept_fl.servers import Watch, interrupted_by_signals, serving
+from dept_fl.interrupt import ENDING, interrupted_by
+from dept_fl.servers import Watch, serving
 from dept_fl.silo_file import load_silo_file
 from dept_fl.supernode import SuperNode, keep_up
 from tests.deployment import SCRIPTS, processes_of, wait_until
@@ -84,7 +85,10 @@ def test_one_that_lost_its_superexec_is_in_trouble(tmp_path: Path):
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, '{helper}']); "
         "time.sleep(600)"
     )
-    with interrupted_by_signals(), serving([sys.executable, "-c", parent], dict(os.environ)) as one:
+    with (
+        interrupted_by(ENDING, once=True),
+        serving([sys.executable, "-c", parent], dict(os.environ)) as one,
+    ):
         watch = Watch(one)
         wait_until(lambda: bool(psutil.Process(one.pid).children()))
         assert watch.trouble() == ""
@@ -95,7 +99,7 @@ def test_one_that_lost_its_superexec_is_in_trouble(tmp_path: Path):
 
 
 def test_a_server_that_was_killed_is_in_trouble(tmp_path: Path):
-    with interrupted_by_signals(), serving(["sleep", "600"], dict(os.environ)) as one:
+    with interrupted_by(ENDING, once=True), serving(["sleep", "600"], dict(os.environ)) as one:
         watch = Watch(one)
         assert watch.trouble() == ""
         one.send_signal(signal.SIGKILL)

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from dept_fl.config import home_dir
 from dept_fl.errors import DeptError, Failed
+from dept_fl.interrupt import interrupted_by
 
 RECIPE = "conf/demo.yaml"
 
@@ -56,7 +57,7 @@ class Commands(TyperGroup):
     """All commands, each of which ends as `EXIT_CODES` says."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _told_how_it_ends(), _signals_interrupt():
+        with _told_how_it_ends(), interrupted_by((signal.SIGTERM, signal.SIGHUP)):
             return super().invoke(ctx)
 
 
@@ -75,25 +76,6 @@ def _told_how_it_ends() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         told("; ".join(["stopped", *map(str, stop.args)]))
         raise typer.Exit(STOPPED) from None
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal end a command as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    ending = (signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.getsignal(each) for each in ending}
-    for each, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as `nohup` leaves it
-            signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 @contextmanager

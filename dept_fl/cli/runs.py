@@ -31,9 +31,9 @@ from dept_fl.cli.common import (
 )
 from dept_fl.config import Recipe, load_recipe, require_silos
 from dept_fl.errors import DeptError
+from dept_fl.interrupt import ENDING, interrupted_by
 from dept_fl.local import COMPLETED, end_superlink, simulate
 from dept_fl.progress import Progress
-from dept_fl.servers import interrupted_by_signals
 from dept_fl.status import look, view, watch
 
 app = typer.Typer()
@@ -92,7 +92,8 @@ def run(
         "resume": resume,
     }
     try:
-        with interrupted_by_signals():  # a second one must not leave Flower's processes behind
+        # Once: a second signal must not leave Flower's processes behind.
+        with interrupted_by(ENDING, once=True):
             silos, output = len(made.silo_names), sys.stderr if as_json else sys.stdout
             status = simulate(config, nodes, cpus, silos, made.processes, progress, output)
     except KeyboardInterrupt:
