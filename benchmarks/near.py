@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +22,7 @@ from dept_fl.config import Recipe, SiloConfig
 from dept_fl.data import load_corpus
 from dept_fl.near import shingles
 from dept_fl.report import Event
+from dept_fl.trial import peak_bytes
 
 WORDS = 300
 THRESHOLD = 0.8
@@ -84,7 +82,7 @@ def _in_fresh_process(folder: Path, threshold: float) -> Event:
 def read(folder: Path, threshold: float) -> Event:
     source = SiloConfig(files=[str(folder / "text.jsonl")])
     recipe = Recipe(near_duplicates=threshold)
-    before, began = _peak_bytes(), time.perf_counter()
+    before, began = peak_bytes(), time.perf_counter()
     corpus = load_corpus("near", source, recipe, folder / f"cache-{threshold}")
     seconds = time.perf_counter() - began
     return {
@@ -92,18 +90,8 @@ def read(folder: Path, threshold: float) -> Event:
         "seconds": seconds,
         "mb_per_s": (folder / "text.jsonl").stat().st_size / 1e6 / seconds,
         "dropped": corpus.near_duplicates,
-        "bytes_each": (_peak_bytes() - before) / corpus.documents,
+        "bytes_each": (peak_bytes() - before) / corpus.documents,
     }
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():  # on Linux ru_maxrss counts what the parent held, too
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        assert found is not None
-        return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def as_table(rows: list[Event]) -> str:
