@@ -195,7 +195,7 @@ def end_tree(pid: int) -> None:
     """
     try:
         root = psutil.Process(pid)
-        family = root.children(recursive=True)
+        family = _family(root)
     except psutil.NoSuchProcess:
         return
     _end([root], psutil.Process.terminate, _STOP_TIMEOUT_S)
@@ -203,6 +203,24 @@ def end_tree(pid: int) -> None:
     _await_end(family, _STOP_TIMEOUT_S / 3)
     _end(family, psutil.Process.terminate, _STOP_TIMEOUT_S / 3)
     _end(family, psutil.Process.kill, _STOP_TIMEOUT_S / 3)
+
+
+def _family(root: psutil.Process) -> list[psutil.Process]:
+    """All that a process started: its children, and what is left of the sessions that they lead.
+
+    A worker whose parent has just ended is nobody's child any more, but still of its session.
+    """
+    family = root.children(recursive=True)
+    led = {each.pid for each in [root, *family] if _session(each) == each.pid}
+    known = {root, *family}
+    return family + [p for p in psutil.process_iter() if p not in known and _session(p) in led]
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:  # it is gone
+        return None
 
 
 def _end(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dept_fl.checkpoint import load_state, round_folder, under_prefix
@@ -31,17 +31,17 @@ def dept(*words: str, home: Path, **options: object) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
-def processes(word: str) -> list[int]:
-    """Live processes with a word in their command line or environment."""
+def processes(word: str) -> list[psutil.Process]:
+    """Live processes with a word in their command line or environment; not this one."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for each in psutil.process_iter(["name"]):  # the name tells which it is where a test fails
         try:
-            told = b"".join((folder / name).read_bytes() for name in ("cmdline", "environ"))
-        except OSError:
+            told = [*each.cmdline(), *(f"{k}={v}" for k, v in each.environ().items())]
+        except psutil.Error:
             continue
-        if word in told.replace(b"\0", b" ").decode(errors="replace"):
-            found.append(int(folder.name))
-    return [pid for pid in found if pid != os.getpid()]
+        if each.pid != os.getpid() and word in " ".join(told):
+            found.append(each)
+    return found
 
 
 def test_dept_run_gives_the_tensors_of_the_plain_algorithm_and_leaves_no_process(
@@ -98,8 +98,8 @@ def fresh_flower(tmp_path: Path) -> Iterator[dict[str, str]]:
         "UV_OFFLINE": "1",  # nothing may be downloaded for a run
     }
     yield environment
-    for pid in processes(f"--port {port}"):
-        os.kill(pid, signal.SIGTERM)
+    for each in processes(f"--port {port}"):
+        each.terminate()
     deadline = time.monotonic() + 30
     while processes(f"--port {port}") and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -149,8 +149,8 @@ def test_a_killed_run_resumed_gives_the_tensors_of_an_unbroken_one(
     deadline = time.monotonic() + 120
     while not (run_dir / "checkpoints" / "round-00003").is_dir() and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in set(processes("flwr-simulation")) & set(processes(str(home))):
-        os.kill(pid, signal.SIGKILL)
+    for each in set(processes("flwr-simulation")) & set(processes(str(home))):
+        each.kill()
     output, _ = first.communicate(timeout=180)
     assert first.returncode == 1, output
     second = dept(*words, "--resume", "--json", home=home)

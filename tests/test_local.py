@@ -41,6 +41,14 @@ with subprocess.Popen(child, stdout=subprocess.PIPE, start_new_session=True) as 
     print(started.pid, flush=True)
     time.sleep(600)
 """
+# As Ray does: a leader of a session, and a process in it whose own parent has just ended.
+LEAVES_AN_ORPHAN = """
+import subprocess, time
+leader = ["sh", "-c", "(sleep 600 & echo $!); exec sleep 600"]
+with subprocess.Popen(leader, stdout=subprocess.PIPE, start_new_session=True) as started:
+    print(int(started.stdout.readline()), flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -72,6 +80,16 @@ def test_what_a_process_started_in_a_session_of_its_own_ends_with_it(
     assert alive(parent) and alive(child)
     end_tree(parent)
     assert not alive(parent) and not alive(child)
+
+
+def test_an_orphan_of_a_session_that_a_process_started_ends_with_it(
+    started: Callable[..., tuple[int, int]],
+):
+    parent, orphan = started(sys.executable, "-c", LEAVES_AN_ORPHAN)
+    family = [each.pid for each in psutil.Process(parent).children(recursive=True)]
+    assert alive(orphan) and orphan not in family
+    end_tree(parent)
+    assert not alive(parent) and not alive(orphan)
 
 
 def test_ending_a_process_that_is_gone_is_no_mistake():
