@@ -33,6 +33,18 @@ def interrupted_by(signals: Iterable[signal.Signals], once: bool = False) -> Ite
             signal.signal(each, handler)
 
 
+@contextmanager
+def ignored(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """None of these signals is heard in the block."""
+    before = {each: signal.getsignal(each) for each in signals}
+    ignore(before)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def ignore(signals: Iterable[signal.Signals]) -> None:
     for each in signals:
         signal.signal(each, signal.SIG_IGN)

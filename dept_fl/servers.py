@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from uuid import uuid4
 
 import psutil
 
-from dept_fl.interrupt import ENDING, ignore
+from dept_fl.interrupt import ENDING, ignored
 from dept_fl.local import end_tree, is_alive
 
 _MARK = "DEPT_SERVER"  # in the environment of a server and of all that it starts
 
 
 @contextmanager
-def serving(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def serving(
+    command: list[str], environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a session of its own: Ctrl-C is for us, who end the two in order."""
     marked = {**environment, _MARK: uuid4().hex}
     process = subprocess.Popen(command, env=marked, start_new_session=True)
     try:
         yield process
     finally:
-        ignore(ENDING)
-        end_tree(process.pid)
-        for each in psutil.process_iter():
-            if _outlived(each, process.pid, marked[_MARK]):
-                end_tree(each.pid)
-        process.wait()
+        with ignored(ENDING):
+            end_tree(process.pid)
+            for each in psutil.process_iter():
+                if _outlived(each, process.pid, marked[_MARK]):
+                    end_tree(each.pid)
+            process.wait()
 
 
 def _outlived(process: psutil.Process, session: int, mark: str) -> bool:

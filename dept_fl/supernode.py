@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from dept_fl import PACKAGE
 from dept_fl.errors import DeptError
 from dept_fl.interrupt import ENDING, interrupted_by
 from dept_fl.local import flower_environment
@@ -15,6 +22,7 @@ from dept_fl.servers import Watch, serving
 from dept_fl.silo_file import SiloFile
 
 AGAIN_S = 15.0
+_CLIENT_APP = "flwr-clientapp"  # what Flower starts for each message
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class SuperNode:
         key: private key, whose public half the operator has registered.
         superlink: HOST:PORT.
         words: more arguments for flower-supernode.
+        forks: see `quick_messages`.
     """
 
     silo: SiloFile
@@ -32,6 +41,7 @@ class SuperNode:
     superlink: str
     root_certificates: Path
     words: Sequence[str] = ()
+    forks: bool = True
 
     def command(self) -> list[str]:
         return [
@@ -60,7 +70,8 @@ def keep_up(node: SuperNode, tell: Callable[[str], None]) -> None:
     while True:
         with (
             interrupted_by(ENDING, once=True),
-            serving(node.command(), environment) as process,
+            quick_messages(environment, node.forks) as quick,
+            serving(node.command(), quick) as process,
         ):
             trouble = _trouble(process)
         tell(f"the SuperNode {trouble}; starting it again in {AGAIN_S:.0f} s (Ctrl-C ends this)")
@@ -72,3 +83,31 @@ def _trouble(process: subprocess.Popen[bytes]) -> str:
     while not (trouble := watch.trouble()):
         time.sleep(1.0)
     return trouble
+
+
+@contextmanager
+def quick_messages(
+    environment: Mapping[str, str], forks: bool = True
+) -> Iterator[Mapping[str, str]]:
+    """The environment of a SuperNode whose messages need not wait for imports.
+
+    A fork server serves them for as long as the block lasts (forkserver.py), on Linux alone.
+
+    Args:
+        forks: without, the environment stays as it is.
+    """
+    command = shutil.which(_CLIENT_APP, path=environment["PATH"])
+    if not (forks and command and sys.platform == "linux"):
+        yield environment
+        return
+    # Not in the silo's home: the name of a socket has a hundred characters at most.
+    with TemporaryDirectory(prefix="dept-") as name:
+        socket, stand_in = Path(name) / "socket", Path(name) / _CLIENT_APP
+        words = [sys.executable, "-IS", str(PACKAGE / "forkclient.py"), str(socket), command]
+        stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+        stand_in.chmod(0o700)
+        server = [sys.executable, "-P", str(PACKAGE / "forkserver.py"), str(socket)]
+        with serving(server, environment) as process:
+            while not socket.exists() and process.poll() is None:
+                time.sleep(0.01)
+            yield {**environment, "PATH": os.pathsep.join([name, environment["PATH"]])}

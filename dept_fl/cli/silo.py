@@ -165,6 +165,10 @@ def silo_start(
     key: Annotated[
         Path | None, typer.Option(help="private key", show_default="beside the silo's file")
     ] = None,
+    fork_server: Annotated[
+        bool,
+        typer.Option(help="keep what a message imports in memory, 0.5 GB, between messages"),
+    ] = True,
     words: Annotated[
         list[str] | None, typer.Argument(help="more arguments for flower-supernode")
     ] = None,
@@ -181,7 +185,9 @@ def silo_start(
     own_key = expanded(key or path.with_suffix(".key")).absolute()
     ca = expanded(root_certificates).absolute()
     try:
-        keep_up(SuperNode(load_silo_file(path), own_key, superlink, ca, words or []), typer.echo)
+        silo = load_silo_file(path)
+        node = SuperNode(silo, own_key, superlink, ca, words or [], fork_server)
+        keep_up(node, typer.echo)
     except KeyboardInterrupt:
         typer.echo("ended")
 
