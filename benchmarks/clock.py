@@ -8,9 +8,10 @@ A SuperLink and SuperNodes on loopback, all on this machine. First FedAvg, with 
 back what arrives plus a number for each array: without and with the libraries that a client loads
 which trains a language model, since each message has a process of its own. Then this project's app
 with each codec, with silos that train one step on one short sequence, so that the body's size
-dominates. Rounds are timed where the server app runs, from the first message to the merged body and
-its checkpoint; the first of a run is left out, since it sends the body whole. Training (evaluation,
-too) is told apart.
+dominates. Rounds are timed where the server app runs, from one merged body to the next, with a
+checkpoint of each; the first of a run is left out, since it sends the body whole. Training
+(evaluation, too) is told apart. SuperNodes of this project's app start as `dept silo start` starts
+them, each with its fork server.
 
 --nvflare names the Python of an environment where NVFlare is installed, and adds a row of its own
 FedAvg: a server and a process for each client on loopback, full weights in float32 both ways
@@ -28,8 +29,10 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -41,8 +44,10 @@ from benchmarks.processes import server_peaks
 from benchmarks.round_overhead import cores
 from dept_fl.config import load_recipe
 from dept_fl.jobs import about
+from dept_fl.local import TASK_POLL_S
 from dept_fl.model import layout
 from dept_fl.report import Event, Ledger
+from dept_fl.supernode import quick_messages
 from tests.conftest import write_text
 from tests.deployment import CONNECTION, Federation
 
@@ -223,11 +228,16 @@ def measure(wire: str, size: Size) -> Event:
         folder = Path(name)
         recipe, shapes = write_recipe(folder, size, wire if wire in DOWN else "fp32")
         threads = str(max(1, cores() // size.silos))  # so that silos do not wait for each other's
-        with Federation(folder, secure=False) as federation:
+        with Federation(folder, secure=False) as federation, ExitStack() as ended:
             link = federation.superlink()
             for i in range(size.silos):
-                node = f'silo="{silo_file(folder, i)}"'
-                federation.supernode(f"node-{i}", node, OMP_NUM_THREADS=threads)
+                name, node = f"node-{i}", f'silo="{silo_file(folder, i)}"'
+                variables = {"OMP_NUM_THREADS": threads}
+                if wire in DOWN:
+                    variables["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = TASK_POLL_S
+                    whole = federation.environment(name, **variables)
+                    variables["PATH"] = ended.enter_context(quick_messages(whole))["PATH"]
+                federation.supernode(name, node, **variables)
             federation.wait_until_online(size.silos)
             with server_peaks(psutil.Process(link.process.pid), "flwr-serverapp") as memory:
                 if wire in DOWN:
@@ -303,16 +313,19 @@ def ours(federation: Federation, recipe: Path) -> list[Event]:
     events = Ledger(run_dir).read()
     if events[-1]["event"] != "end":
         raise SystemExit(f"the run failed:\n{done.stdout}")
-    rounds = range(1, events[-1]["round"] + 1)
-    return [round_of([each for each in events if each.get("round") == r]) for r in rounds]
+    ends = [each["time"] for each in events if each["event"] in ("plan", "round")]
+    return [
+        round_of([each for each in events if each.get("round") == i], end - before)
+        for i, (before, end) in enumerate(pairwise(ends), 1)
+    ]
 
 
-def round_of(events: list[Event]) -> Event:
+def round_of(events: list[Event], seconds: float) -> Event:
     """What the ledger tells of a round; seconds of silos are those of the slowest."""
     whole, saved = (one(events, kind) for kind in ("round", "checkpoint"))
     silos = [each for each in events if each["event"] == "silo_train"]
     return {
-        "seconds": whole["seconds"] + saved["save_s"],
+        "seconds": seconds,
         "up": sum(each["bytes_up_body"] for each in silos),
         "down": sum(each["bytes_down_body"] for each in silos),
         "step_s": max(sum(each.get(key, 0.0) for key in _STEP) for each in silos),

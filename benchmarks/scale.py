@@ -150,7 +150,7 @@ def _rounds(events: list[Event]) -> Iterator[Event]:
         saved = next(e["save_s"] for e in this if e["event"] == "checkpoint")
         merged = sum(silo["merge_s"] for silo in silos) + each["outer_s"]
         yield {
-            "seconds": each["seconds"] + saved,
+            "seconds": each["seconds"],
             "silos_s": sum(silo.get(key, 0.0) for silo in silos for key in keys),
             "server_s": each["push_s"] + merged + saved,
         }

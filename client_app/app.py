@@ -59,7 +59,7 @@ def train(message: Message, context: Context) -> RecordDict:
     silo = _silo(message, context)
     update = silo.train(_task(message, silo))
     began = time.perf_counter()
-    content = records.update_record(update, silo.recipe.wire.up)
+    content = records.update_record(update)
     encode_s = update.metrics["encode_s"] + time.perf_counter() - began
     content.metric_records[records.METRICS]["encode_s"] = encode_s
     return content

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dept_fl.central import Central
 from dept_fl.checkpoint import (
     Tensors,
+    checksum_of,
     load_meta,
     load_state,
     round_folder,
@@ -243,9 +244,9 @@ class Plan:
     def _digest(self, body: str, recipe: Recipe) -> str:
         facts = [Silo(name, recipe, self.home, "").corpus.digest for name in recipe.silo_names]
         if body != RANDOM:
-            facts.append(load_meta(_newest(Path(body)))["sha256"])
+            facts.append(checksum_of(_newest(Path(body))))
         if self.own:
-            facts.append(load_meta(Path(self.own))["sha256"])
+            facts.append(checksum_of(Path(self.own)))
         return hashlib.sha256(" ".join(facts).encode()).hexdigest()
 
     def recipe(self, file: str, overrides: str, steps: int, every: int) -> Recipe:

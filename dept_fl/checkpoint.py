@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import xxhash
 from safetensors import SafetensorError
 
 from dept_fl.errors import DamagedState, DeptError
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, "torch.Tensor"]
 
-_FORMAT = 2
+_FORMAT = 3
+# Of the tensors' file by format. It finds damage, and no enemy: a disk that somebody else writes to
+# is lost anyhow. XXH3 takes a tenth of the time of SHA-256.
+_CHECKSUMS: dict[int, tuple[str, Any]] = {
+    2: ("sha256", hashlib.sha256),
+    _FORMAT: ("xxh3_128", xxhash.xxh3_128),
+}
 _TENSORS, _META = "tensors.safetensors", "state.json"
 _ROUND = re.compile(r"round-([0-9]{5,})")
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(draft|old)")
@@ -192,7 +199,7 @@ def save_state(
 
     with whole_folder(folder, overwrite=True, durable=durable) as draft:
         save_file(_apart(tensors), draft / _TENSORS)
-        facts = {**meta, "format": _FORMAT, "sha256": _sha256(draft / _TENSORS)}
+        facts = {**meta, "format": _FORMAT, **_checksum(draft / _TENSORS, _FORMAT)}
         whole = {**facts, "meta_sha256": _digest(facts)}
         (draft / _META).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
 
@@ -218,11 +225,12 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
 
     try:
         meta = load_meta(folder)
-        if _sha256(folder / _TENSORS) != meta["sha256"]:
+        found = _checksum(folder / _TENSORS, meta["format"])
+        if not found.items() <= meta.items():
             raise DamagedState(f"{folder}: {_TENSORS} is damaged (its checksum differs)")
         return load_file(folder / _TENSORS), meta
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise DamagedState(f"{folder}: not readable as saved state: {error}") from error
+        raise _unreadable(folder, error) from error
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
@@ -231,10 +239,11 @@ def load_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise ValueError(f"{_META} holds no mapping")
     checksum, format_ = meta.pop("meta_sha256", ""), meta.get("format")
-    if checksum != _digest(meta) and (checksum or format_ == _FORMAT):  # format 1 had none
+    if checksum != _digest(meta) and (checksum or format_ in _CHECKSUMS):  # format 1 had none
         raise DamagedState(f"{folder}: {_META} is damaged (its checksum differs)")
-    if format_ != _FORMAT:
-        raise DeptError(f"{folder}: state of format {format_!r}, this version reads {_FORMAT}")
+    if format_ not in _CHECKSUMS:
+        known = " and ".join(map(str, _CHECKSUMS))
+        raise DeptError(f"{folder}: state of format {format_!r}, this version reads {known}")
     return meta
 
 
@@ -243,17 +252,35 @@ def _digest(facts: Mapping[str, Any]) -> str:
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the tensors' names and bytes."""
-    whole = hashlib.sha256()
+    """XXH3 of the tensors' names and bytes, 128 bits: tells damage, not an enemy."""
+    whole = xxhash.xxh3_128()
     for name in sorted(tensors):
         whole.update(name.encode())
         whole.update(tensors[name].contiguous().numpy().data)
     return whole.hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def _checksum(file: Path, format_: int) -> dict[str, str]:
+    name, kind = _CHECKSUMS[format_]
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return {name: hashlib.file_digest(stream, kind).hexdigest()}
+
+
+def checksum_of(folder: Path) -> str:
+    """Of the tensors that `save_state` wrote, as it stands beside them.
+
+    Raises:
+        DamagedState: the folder is missing or damaged. DeptError: it is of another format.
+    """
+    try:
+        meta = load_meta(folder)
+        return str(meta[_CHECKSUMS[meta["format"]][0]])
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> DamagedState:
+    return DamagedState(f"{folder}: not readable as saved state: {error}")
 
 
 def round_folder(parent: Path, round_: int) -> Path:

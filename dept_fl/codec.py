@@ -7,6 +7,7 @@ never arrives.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -46,7 +47,9 @@ class Codec(Protocol):
 
     def form(self, shape: Shape) -> Form: ...
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def encode(self, tensor: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
+        """Into `arrived` goes, where it is given, what `decode` makes of it."""
+        ...
 
     def decode(self, encoded: torch.Tensor, shape: Shape) -> torch.Tensor:
         """fp32; numbers that no silo would send come out as NaN or infinity, never as an error."""
@@ -59,7 +62,9 @@ class Fp32:
     def form(self, shape: Shape) -> Form:
         return Form(torch.float32, shape)
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
+    def encode(self, tensor: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
+        if arrived is not None:
+            arrived.copy_(tensor)
         return tensor
 
     def decode(self, encoded: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -72,8 +77,11 @@ class Bf16:
     def form(self, shape: Shape) -> Form:
         return Form(torch.int16, shape)
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(torch.bfloat16).view(torch.int16)
+    def encode(self, tensor: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
+        rounded = tensor.to(torch.bfloat16)
+        if arrived is not None:
+            arrived.copy_(rounded)
+        return rounded.view(torch.int16)
 
     def decode(self, encoded: torch.Tensor, shape: Shape) -> torch.Tensor:
         return encoded.view(torch.bfloat16).float()
@@ -101,55 +109,79 @@ class Blockwise:
         """Bytes of a row's scales."""
         return -(-width // _BLOCK) * _SCALE_BYTES
 
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
+    def encode(self, tensor: torch.Tensor, arrived: torch.Tensor | None) -> torch.Tensor:
         numbers = tensor.reshape(len(tensor), -1)
         encoded = torch.empty(self.form(tuple(tensor.shape)).shape, dtype=torch.uint8)
         step = self._rows_at_once(numbers.shape[1])
-        for into, part in zip(encoded.split(step), numbers.split(step), strict=True):
-            self._encode(part, into)
+        decoded = None if arrived is None else arrived.view(numbers.shape)
+        for start in range(0, len(numbers), step):
+            rows = slice(start, start + step)
+            back = None if decoded is None else decoded[rows]
+            self._encode(numbers[rows], encoded[rows], back)
         return encoded
 
-    def _encode(self, numbers: torch.Tensor, into: torch.Tensor) -> None:
+    def _encode(
+        self, numbers: torch.Tensor, into: torch.Tensor, arrived: torch.Tensor | None
+    ) -> None:
         rows, width = numbers.shape
-        blocks = functional.pad(numbers, (0, -width % _BLOCK)).view(rows, -1, _BLOCK)
-        scale = (blocks.abs().amax(-1) / self._largest).to(torch.bfloat16)
+        scale, whole = self._rounded(numbers)
         into[:, : self._scales(width)] = scale.view(torch.uint8).view(rows, -1)
-        # A block of zeros has the scale 0; what is divided by the 1 instead is 0 as well.
-        by = scale.float().masked_fill_(scale == 0, 1.0).unsqueeze(-1)
-        whole = (blocks / by).round_().clamp_(-self._largest, self._largest)
         codes = whole.view(rows, -1)[:, :width].to(torch.int8)
         if self.bits == 4:
             codes = functional.pad(codes, (0, width % 2)) & 15
             codes = codes[:, ::2] | (codes[:, 1::2] << 4)
         into[:, self._scales(width) :] = codes.view(torch.uint8)
+        if arrived is not None:
+            whole.add_(0.0)  # there is no code of -0
+            arrived.copy_(whole.mul_(scale.float().unsqueeze(-1)).view(rows, -1)[:, :width])
+
+    def _rounded(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks' scales, [rows, blocks], and whole numbers, [rows, blocks, 64]."""
+        rows, width = numbers.shape
+        blocks = functional.pad(numbers, (0, -width % _BLOCK)).view(rows, -1, _BLOCK)
+        scale = (blocks.abs().amax(-1) / self._largest).to(torch.bfloat16)
+        # A block of zeros has the scale 0; what is divided by the 1 instead is 0 as well.
+        by = scale.float().masked_fill_(scale == 0, 1.0).unsqueeze(-1)
+        return scale, (blocks / by).round_().clamp_(-self._largest, self._largest)
 
     def decode(self, encoded: torch.Tensor, shape: Shape) -> torch.Tensor:
         width = prod(shape[1:])
         numbers = torch.empty(shape[0], width)
         step = self._rows_at_once(width)
-        for part, into in zip(encoded.split(step), numbers.split(step), strict=True):
-            self._decode(part, into)
+        for start in range(0, len(numbers), step):
+            rows = slice(start, start + step)
+            self._decode(encoded[rows], numbers[rows])
         return numbers.view(shape)
 
     def _decode(self, encoded: torch.Tensor, into: torch.Tensor) -> None:
         rows, width = into.shape
+        missing = -width % _BLOCK  # of the last block
         scales, codes = encoded.split(
             [self._scales(width), encoded.shape[1] - self._scales(width)], 1
         )
-        scale = _packed(scales).view(torch.bfloat16).float()
-        codes = _packed(codes).view(torch.int8)
-        if self.bits == 4:  # shifted up and down again, so that the fourth bit is the sign
-            codes = torch.stack([(codes << 4) >> 4, codes >> 4], dim=-1).view(rows, -1)[:, :width]
-        blocks = functional.pad(codes.float(), (0, -width % _BLOCK)).view(rows, -1, _BLOCK)
-        into.copy_((blocks * scale.unsqueeze(-1)).view(rows, -1)[:, :width])
+        # Byte behind byte in memory of its own, where two can be read as one number.
+        scale = scales.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+        scale = scale.float().unsqueeze(-1)
+        codes = codes.view(torch.int8)
+        numbers = torch.empty(rows, width + missing) if missing else into
+        if self.bits == 8:
+            blocks = functional.pad(codes, (0, missing)) if missing else codes
+            torch.mul(blocks.unflatten(1, (-1, _BLOCK)), scale, out=_blocks(numbers, _BLOCK))
+        else:
+            pairs = functional.pad(codes, (0, missing // 2)) if missing else codes
+            # Shifted up and down again, so that the fourth bit is the sign.
+            for half, nibbles in enumerate(((pairs << 4) >> 4, pairs >> 4)):
+                blocks = nibbles.unflatten(1, (-1, _BLOCK // 2))
+                torch.mul(blocks, scale, out=_blocks(numbers, _BLOCK // 2, 2)[..., half])
+        if missing:
+            into.copy_(numbers[:, :width])
 
     def _rows_at_once(self, width: int) -> int:
         return max(1, _CHUNK_NUMBERS // max(width, 1))
 
 
-def _packed(part: torch.Tensor) -> torch.Tensor:
-    """Byte behind byte in memory of its own, where two can be read as one number."""
-    return part.clone(memory_format=torch.contiguous_format)
+def _blocks(numbers: torch.Tensor, *sizes: int) -> torch.Tensor:
+    return numbers.view(len(numbers), -1, *sizes)
 
 
 _CODECS: dict[str, Codec] = {
@@ -170,9 +202,13 @@ def form(codec: str, shape: Shape) -> Form:
     return _of(codec, shape).form(shape)
 
 
-def encode(codec: str, tensor: torch.Tensor) -> torch.Tensor:
-    """An fp32 tensor as it travels; what is not finite comes out as such when decoded."""
-    return _of(codec, tuple(tensor.shape)).encode(tensor)
+def encode(codec: str, tensor: torch.Tensor, arrived: torch.Tensor | None = None) -> torch.Tensor:
+    """An fp32 tensor as it travels; what is not finite comes out as such when decoded.
+
+    Args:
+        arrived: of the same shape, contiguous; takes what `decode` makes of it.
+    """
+    return _of(codec, tuple(tensor.shape)).encode(tensor, arrived)
 
 
 def decode(codec: str, encoded: torch.Tensor, shape: Shape) -> torch.Tensor:
@@ -180,6 +216,48 @@ def decode(codec: str, encoded: torch.Tensor, shape: Shape) -> torch.Tensor:
     return _of(codec, shape).decode(encoded, shape)
 
 
-def through(codec: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as it arrives, at the cost of a copy."""
-    return decode(codec, encode(codec, tensor), tuple(tensor.shape))
+def rows_and_width(shape: Shape) -> tuple[int, int]:
+    """Of a tensor as a matrix: its first axis, and all others as one."""
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+@dataclass(frozen=True)
+class Encoded(Mapping[str, torch.Tensor]):
+    """fp32 tensors by name that lie in memory as they travel, and are decoded when asked for.
+
+    Attributes:
+        tensors: encoded.
+        shapes: of what they decode to.
+    """
+
+    codec: str
+    tensors: Mapping[str, torch.Tensor]
+    shapes: Mapping[str, Shape]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return decode(self.codec, self.tensors[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def rows(self, name: str, first: int, behind: int) -> torch.Tensor:
+        """[behind - first, width]: some rows of a tensor as a matrix."""
+        shape, encoded = self.shapes[name], self.tensors[name]
+        if len(shape) < 2:  # fp32
+            return encoded.reshape(-1, 1)[first:behind]
+        count = behind - first
+        rows = decode(self.codec, encoded[first:behind], (count, *shape[1:]))
+        return rows.reshape(count, prod(shape[1:]))
+
+    def only(self, names: Iterable[str]) -> Encoded:
+        return Encoded(self.codec, {name: self.tensors[name] for name in names}, self.shapes)
+
+
+def encoded(tensors: Mapping[str, torch.Tensor]) -> Encoded:
+    """Tensors as `Encoded`, as fp32 where they are not yet."""
+    if isinstance(tensors, Encoded):
+        return tensors
+    return Encoded("fp32", tensors, {name: tuple(t.shape) for name, t in tensors.items()})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from dept_fl.checkpoint import Tensors, under_prefix, with_prefix
-from dept_fl.codec import decode, encode
+from dept_fl.codec import encode
 
 
 class Downlink:
@@ -29,8 +31,10 @@ class Downlink:
         self.change = {}
         for name in names:
             own = self.published[name]
-            self.change[name] = encode(self._codec, parameters[name] - own)
-            own += decode(self._codec, self.change[name], tuple(own.shape))
+            ahead = parameters[name] - own
+            arrived = torch.empty_like(own)
+            self.change[name] = encode(self._codec, ahead, arrived)
+            own += arrived
 
     def state(self) -> Tensors:
         """For a checkpoint. The change is not kept: behind a restart all silos get the whole."""

@@ -25,6 +25,7 @@ from dept_fl.progress import Progress
 
 COMPLETED = "finished:completed"
 IN_CHECKOUT = PACKAGE.parent == ROOT
+TASK_POLL_S = "0.2"  # how often Flower looks whether there is work; its own 1.0 is felt each round
 APP = "dept-fl"  # the folder of the Flower app that is made of what is installed
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -109,6 +110,9 @@ def flower_environment(flower_home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get(
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", TASK_POLL_S
+        ),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_DEDUP_LOGS": "0",

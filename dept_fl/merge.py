@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dept_fl.checkpoint import Tensors
+from dept_fl.codec import Encoded, encoded, form, rows_and_width
 from dept_fl.config import OuterConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_ALIGNED = 8  # bytes: a tensor on disk begins where any dtype may
 _CHUNK_NUMBERS = 1 << 20  # merged at a time; coordinate-wise merges hold as many of all silos
 
 
@@ -28,7 +29,7 @@ class Delta:
         scale: what it is multiplied with, for norm clipping.
     """
 
-    tensors: Tensors
+    tensors: Mapping[str, torch.Tensor]
     rows: torch.Tensor | None = None
     scale: float = 1.0
 
@@ -70,16 +71,20 @@ def merged(
         names and fp32 tensors of `shapes`.
     """
     memory = torch.empty(max((prod(shape) for shape in shapes.values()), default=0))
+    sources = [encoded(delta.tensors) for delta in deltas]
     at_once = _CHUNK_NUMBERS // (1 if outer.merge == "mean" else len(deltas))
     # The median is the mean of the middle one or two: trimmed as far as it goes.
     fraction = 0.5 if outer.merge == "median" else outer.trim_fraction
     for name, shape in shapes.items():
         result, by_row = memory[: prod(shape)].view(shape), name in row_tensors
-        rows = result.view(_rows_and_width(shape, by_row))
+        rows = result.view(rows_and_width(shape))
         step = max(1, at_once // max(rows.shape[1], 1))
         for start in range(0, len(rows), step):
             into = rows[start : start + step]
-            parts = [_part(delta, name, start, len(into), by_row) for delta in deltas]
+            parts = [
+                _part(delta, source, name, range(start, start + len(into)), by_row)
+                for delta, source in zip(deltas, sources, strict=True)
+            ]
             of_rows = held[start : start + step] if by_row else torch.tensor([float(len(deltas))])
             if outer.merge == "mean":
                 _mean(parts, of_rows.unsqueeze(1), into)
@@ -88,19 +93,14 @@ def merged(
         yield name, result
 
 
-def _rows_and_width(shape: tuple[int, ...], by_row: bool) -> tuple[int, int]:
-    return (shape[0], prod(shape[1:])) if by_row else (prod(shape), 1)
-
-
-def _part(delta: Delta, name: str, start: int, count: int, by_row: bool) -> _Part:
-    """What a silo has of `count` rows from `start` on."""
-    tensor = delta.tensors[name]
-    tensor = tensor.reshape(_rows_and_width(tuple(tensor.shape), by_row))
+def _part(delta: Delta, source: Encoded, name: str, rows: range, by_row: bool) -> _Part:
+    """What a silo has of some rows."""
     if delta.rows is None or not by_row:
-        return _Part(tensor[start : start + count], None, delta.scale)
-    ends = torch.tensor([start, start + count])
+        return _Part(source.rows(name, rows.start, rows.stop), None, delta.scale)
+    ends = torch.tensor([rows.start, rows.stop])
     first, behind = torch.searchsorted(delta.rows, ends).tolist()
-    return _Part(tensor[first:behind], delta.rows[first:behind] - start, delta.scale)
+    places = delta.rows[first:behind] - rows.start
+    return _Part(source.rows(name, first, behind), places, delta.scale)
 
 
 def _mean(parts: Sequence[_Part], held: torch.Tensor, into: torch.Tensor) -> None:
@@ -175,34 +175,37 @@ def _comparators(count: int) -> tuple[tuple[int, int], ...]:
 class Spool:
     """The accepted deltas of one round in a folder, so that memory does not grow with the silos.
 
-    Raw fp32, tensor behind tensor: nothing here outlives the round or is read by anyone else.
+    Tensor behind tensor as they came: nothing here outlives the round or is read by anyone else.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._codecs: dict[tuple[str, str], str] = {}
 
-    def put(self, silo: str, part: str, tensors: Tensors) -> None:
+    def put(self, silo: str, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        given = encoded(tensors)
+        self._codecs[silo, part] = given.codec
         with self._file(silo, part).open("wb") as stream:
-            for name in sorted(tensors):
-                stream.write(tensors[name].contiguous().numpy().data)
+            for name in sorted(given):
+                written = stream.write(given.tensors[name].contiguous().numpy().data)
+                stream.write(bytes(-written % _ALIGNED))
 
-    def get(self, silo: str, part: str, shapes: Shapes) -> Tensors:
+    def get(self, silo: str, part: str, shapes: Shapes) -> Encoded:
         """What was put there, memory-mapped; nothing that is done to it reaches the file."""
-        if not shapes:
-            return {}
-        numbers = torch.from_numpy(np.memmap(self._file(silo, part), np.float32, mode="c"))
-        return {name: part.view(shapes[name]) for name, part in _cut(numbers, shapes)}
+        codec = self._codecs[silo, part]
+        tensors = {}
+        if shapes:
+            whole = torch.from_numpy(np.memmap(self._file(silo, part), np.uint8, mode="c"))
+            start = 0
+            for name in sorted(shapes):
+                lies = form(codec, shapes[name])
+                own = whole[start : start + lies.bytes]
+                tensors[name] = own.view(lies.dtype).view(lies.shape)
+                start += lies.bytes + -lies.bytes % _ALIGNED
+        return Encoded(codec, tensors, shapes)
 
     def _file(self, silo: str, part: str) -> Path:
         return self._folder / f"{silo}.{part}"
-
-
-def _cut(numbers: torch.Tensor, shapes: Shapes) -> Iterator[tuple[str, torch.Tensor]]:
-    start = 0
-    for name in sorted(shapes):
-        size = torch.Size(shapes[name]).numel()
-        yield name, numbers[start : start + size]
-        start += size
 
 
 class Norms:

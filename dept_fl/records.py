@@ -29,7 +29,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from dept_fl.checkpoint import Tensors
-from dept_fl.codec import Form, decode, encode, form
+from dept_fl.codec import Encoded, Form, encoded, form
 from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
 from dept_fl.errors import BadUpdate, DeptError, NeedsWhole
 from dept_fl.silo import Change, Registration, Silo, Task, Update
@@ -62,13 +62,10 @@ _MEASURES = ("unigram_bits_per_byte", "step_s", "prepare_s")
 # ---- tensors ----------------------------------------------------------------------------
 
 
-def to_record(tensors: Tensors, codec: str = "fp32") -> ArrayRecord:
-    """fp32 tensors as arrays; with `fp32`, tensors of any kind as they are.
-
-    What `from_record` gives of them is encoded to the same bytes again.
-    """
-    encoded = {name: encode(codec, tensor) for name, tensor in tensors.items()}
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in encoded.items()})
+def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Tensors of any kind as arrays, encoded ones as they lie in memory."""
+    lie = encoded(tensors).tensors
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in lie.items()})
 
 
 def record_bytes(record: ArrayRecord) -> int:
@@ -89,11 +86,10 @@ def from_record(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Ten
     Raises:
         BadUpdate: see `encoded_from_record`.
     """
-    encoded = encoded_from_record(record, shapes, codec)
-    return {name: decode(codec, tensor, shapes[name]) for name, tensor in encoded.items()}
+    return dict(encoded_from_record(record, shapes, codec))
 
 
-def encoded_from_record(record: ArrayRecord, shapes: Shapes, codec: str) -> Tensors:
+def encoded_from_record(record: ArrayRecord, shapes: Shapes, codec: str) -> Encoded:
     """Views of the bytes that came, for tensors of these shapes.
 
     Raises:
@@ -103,7 +99,10 @@ def encoded_from_record(record: ArrayRecord, shapes: Shapes, codec: str) -> Tens
     if record.keys() != shapes.keys():
         names = record.keys() ^ shapes.keys()
         raise BadUpdate(f"parameters missing or not asked for: {_some(names)}")
-    return {name: _tensor(name, array, form(codec, shapes[name])) for name, array in record.items()}
+    views = {
+        name: _tensor(name, array, form(codec, shapes[name])) for name, array in record.items()
+    }
+    return Encoded(codec, views, shapes)
 
 
 def _tensor(name: str, array: Array, expected: Form) -> torch.Tensor:
@@ -330,8 +329,8 @@ def read_task(content: RecordDict, silo: Silo) -> Task:
         if start != round_ - 1:
             raise BadUpdate(f"a change for round {round_}, of what is behind round {start}")
         change = Change(
-            encoded_from_record(came, silo.layout.synchronised(silo.recipe, start), codec),
-            encoded_from_record(came_too, embeddings, codec),
+            encoded_from_record(came, silo.layout.synchronised(silo.recipe, start), codec).tensors,
+            encoded_from_record(came_too, embeddings, codec).tensors,
             str(record["digest"]),
         )
         return replace(task, change=change)
@@ -339,17 +338,17 @@ def read_task(content: RecordDict, silo: Silo) -> Task:
         raise DeptError(f"silo {silo.name}: the server's message is not usable: {error}") from error
 
 
-def update_record(update: Update, codec: str) -> RecordDict:
+def update_record(update: Update) -> RecordDict:
     facts = ConfigRecord({"silo": update.silo, "round": update.round, "warning": update.warning})
     content = RecordDict(
         {
             TASK: facts,
-            BODY: to_record(update.body, codec),
+            BODY: to_record(update.body),
             METRICS: MetricRecord(update.metrics),  # type: ignore[arg-type]
         }
     )
     if update.embeddings:
-        content[EMBEDDINGS] = to_record(update.embeddings, codec)
+        content[EMBEDDINGS] = to_record(update.embeddings)
     return content
 
 
@@ -369,8 +368,8 @@ def read_update(content: RecordDict, body: Shapes, embeddings: Shapes, codec: st
     return Update(
         silo=str(record.get("silo")),
         round=_whole(record, "round"),
-        body=from_record(content.array_records[BODY], body, codec),
-        embeddings=from_record(
+        body=encoded_from_record(content.array_records[BODY], body, codec),
+        embeddings=encoded_from_record(
             content.array_records.get(EMBEDDINGS, ArrayRecord()), embeddings, codec
         ),
         metrics=_metrics(content),

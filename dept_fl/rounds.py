@@ -30,6 +30,7 @@ from dept_fl.checkpoint import (
     under_prefix,
     with_prefix,
 )
+from dept_fl.codec import encoded
 from dept_fl.config import FREE_ON_RESUME, Recipe, differences, recipe_from_json
 from dept_fl.downlink import Downlink
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
@@ -258,9 +259,9 @@ class Server:
             BadUpdate: the update may not be merged; nothing of it was kept.
         """
         norms = self.check(merge, update)
-        given = {**update.body, **update.embeddings}
         for part, shapes in self.parts(update.silo, merge.round).items():
-            merge.spool.put(update.silo, part, {name: given[name] for name in shapes})
+            of_part = update.embeddings if part == _EMBEDDINGS else update.body
+            merge.spool.put(update.silo, part, encoded(of_part).only(shapes))
         merge.norms[update.silo] = norms
 
     def check(self, merge: Merge, update: Update) -> dict[str, float]:
@@ -277,9 +278,10 @@ class Server:
             raise BadUpdate("is a second one in the same round")
         _check_names("body", update.body, self.layout.synchronised(self.recipe, merge.round))
         _check_names(_EMBEDDINGS, update.embeddings, self.shapes(update.silo))
-        given, own = {**update.body, **update.embeddings}, {**self.body, **self.embeddings}
+        own = {**self.body, **self.embeddings}
         norms = {}
         for part, shapes in self.parts(update.silo, merge.round).items():
+            given = update.embeddings if part == _EMBEDDINGS else update.body
             norms[part] = _norm(part, given, shapes)
             self._check_norm(part, norms[part], {name: own[name] for name in shapes})
         return norms
@@ -535,13 +537,13 @@ def _digest_of(rows: torch.Tensor | None) -> str:
     return "" if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
-def _check_names(what: str, given: Tensors, shapes: Shapes) -> None:
+def _check_names(what: str, given: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
     if given.keys() != shapes.keys():
         names = sorted(given.keys() ^ shapes.keys())
         raise BadUpdate(f"{what}: parameters missing or not asked for: {', '.join(names[:3])}")
 
 
-def _norm(part: str, given: Tensors, shapes: Shapes) -> float:
+def _norm(part: str, given: Mapping[str, torch.Tensor], shapes: Shapes) -> float:
     """L2 norm over the tensors of a part, which must be of these shapes."""
     square_sum = 0.0
     for name in shapes:

@@ -33,7 +33,7 @@ from dept_fl.checkpoint import (
     with_prefix,
     write_whole,
 )
-from dept_fl.codec import decode, through
+from dept_fl.codec import Encoded, decode, encode, encoded
 from dept_fl.config import InnerConfig, Recipe, SiloConfig
 from dept_fl.data import (
     Batches,
@@ -114,8 +114,8 @@ class Change:
         digest: of the body and embeddings that come of it.
     """
 
-    body: Tensors
-    embeddings: Tensors
+    body: Mapping[str, torch.Tensor]
+    embeddings: Mapping[str, torch.Tensor]
     digest: str
 
 
@@ -148,8 +148,8 @@ class Update:
 
     silo: str
     round: int
-    body: Tensors
-    embeddings: Tensors
+    body: Mapping[str, torch.Tensor]
+    embeddings: Mapping[str, torch.Tensor]
     metrics: dict[str, float]
     warning: str = ""
 
@@ -160,7 +160,8 @@ class _State:
 
     Attributes:
         position: sequences taken from its stream.
-        lost: of its deltas by the codec (error feedback).
+        lost: of its deltas by the codec (error feedback); on disk in bf16, which is exact enough
+            for what is less than a rounding step.
         received: body and embeddings as they arrived in that round, kept where the next ones come
             as a change.
         body: its own, trained, of the fragments that were not synchronised in that round.
@@ -340,8 +341,8 @@ class Silo:
             "embedding_norm": norm(embeddings),
             **norms,
         }
-        to_body = {name: sent.pop(name) for name in body_delta}
-        return Update(self.name, task.round, to_body, sent, metrics, state.warning)
+        to_body, others = sent.only(asked), sent.only(n for n in sent if n not in asked)
+        return Update(self.name, task.round, to_body, others, metrics, state.warning)
 
     def finish(self, task: Task) -> tuple[dict[str, float], str, str]:
         """Evaluate the final body and keep it beside the silo's embeddings, with a sample.
@@ -463,7 +464,7 @@ class Silo:
             position=meta["position"],
             embeddings=under_prefix("embeddings", tensors),
             moments=moments,
-            lost=under_prefix("lost", tensors),
+            lost={name: t.float() for name, t in under_prefix("lost", tensors).items()},
             received=under_prefix("received", tensors),
             body=under_prefix("body", tensors),
         )
@@ -580,25 +581,29 @@ class Silo:
     def _batches(self, seed: int) -> Sequences:
         return Batches(self.stream, self.recipe.sequence_tokens, seed)
 
-    def _as_sent(self, deltas: Tensors, lost: Tensors) -> tuple[Tensors, Tensors]:
-        """The deltas as they arrive at the server, and what the codec loses of them.
+    def _as_sent(self, deltas: Tensors, lost: Tensors) -> tuple[Encoded, Tensors]:
+        """The deltas as they travel, and what the codec loses of them.
 
         What it lost of the last ones is added first (error feedback). Takes the deltas' memory.
         """
         wire = self.recipe.wire
         if wire.up == "fp32":
-            return deltas, {}
+            return encoded(deltas), {}
         sent, kept = {}, {}
-        for name, delta in deltas.items():  # one by one: at the end there are two, not five bodies
+        for name, delta in deltas.items():
             if name in lost:
                 delta += lost[name]
-            sent[name] = through(wire.up, delta)
+            arrived = torch.empty_like(delta)
+            sent[name] = encode(wire.up, delta, arrived)
             if wire.error_feedback:
-                kept[name] = delta.sub_(sent[name])
-        return sent, {**lost, **kept}  # of fragments that are not sent now, too
+                kept[name] = delta.sub_(arrived)
+        shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
+        # Lost of fragments that are not sent now, too.
+        return Encoded(wire.up, sent, shapes), {**lost, **kept}
 
     def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
-        tensors = {**with_prefix("lost", state.lost), **with_prefix("body", state.body)}
+        lost = {name: tensor.bfloat16() for name, tensor in state.lost.items()}
+        tensors = {**with_prefix("lost", lost), **with_prefix("body", state.body)}
         if self.recipe.wire.sends_changes:
             tensors |= with_prefix("received", {**task.body, **task.embeddings})
         if not self._variant.embeddings_travel:

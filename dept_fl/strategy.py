@@ -59,6 +59,7 @@ class DeptStrategy(Strategy):
         self._screen = Screen()
         self._round_s: list[float] = []
         self._push_s = self._wait_s = 0.0
+        self._unsaved = False  # whether a round is done that has no checkpoint
         self._whole_in: dict[str, int] = {}  # by silo, the last round for which it wanted all
         self._sent: dict[str, Event] = {}  # by silo, what of its task goes into the ledger
         self._answered: Reply  # that the reply which is being aggregated came in
@@ -83,9 +84,12 @@ class DeptStrategy(Strategy):
         self.summary()
         experiment, tell = self._server.experiment, self._screen.line
         with Trackers(self._recipe, experiment, self._ledger, tell) as self._trackers:
-            while self._server.round < self._recipe.rounds:
-                self._run_round(grid)
-            self._finish(grid)
+            try:
+                while self._server.round < self._recipe.rounds:
+                    self._run_round(grid)
+                self._finish(grid)
+            finally:
+                self._save()
             self._ledger.write("end", round=self._server.round, seconds=time.monotonic() - began)
         return self._server
 
@@ -193,24 +197,36 @@ class DeptStrategy(Strategy):
     def _close_round(self, began: float) -> None:
         merging = time.monotonic()
         clipped = self._server.close_round(self._merge)
-        saving = time.monotonic()
-        seconds = saving - began
+        done = time.monotonic()
+        seconds = done - began
         self._round_s.append(seconds)
         # Events before the checkpoint: a kill between them costs nothing, since a resume
         # drops what was written behind its checkpoint.
         self._rows.sort(key=lambda row: str(row["silo"]))
-        self._write_round(clipped, merge_s=saving - merging, seconds=seconds)
+        self._write_round(clipped, merge_s=done - merging, seconds=seconds)
         self._keep_if_best(self._server.round - 1)
-        self._server.save(self._run_dir)
         shutil.rmtree(self._run_dir / "spool")
-        self._ledger.write("checkpoint", round=self._server.round, save_s=time.monotonic() - saving)
-        self._trackers.follow()
+        self._unsaved = True
         left = self._recipe.rounds - self._server.round
         rest = duration(left * sum(self._round_s) / len(self._round_s))
         title = f"round {self._server.round} of {self._recipe.rounds}, {duration(seconds)}"
         self._screen.round(self._rows, f"{title}; left: about {rest}" if left else title)
         if self._merge.missing:
             self._screen.line(f"  without {', '.join(self._merge.missing)}")
+
+    def _save(self) -> None:
+        """Write the checkpoint of the last round, if it has none.
+
+        That is once the silos have the next task, so that they do not wait for the server's disk.
+        What a silo keeps reaches a round further back (`Server.task`).
+        """
+        if self._unsaved:
+            self._unsaved = False
+            began = time.monotonic()
+            self._server.save(self._run_dir)
+            seconds = time.monotonic() - began
+            self._ledger.write("checkpoint", round=self._server.round, save_s=seconds)
+            self._trackers.follow()
 
     def _keep_if_best(self, evaluated: int) -> None:
         """Of the round whose body was evaluated last, in GLOB and TRIM, whose server has a model.
@@ -417,6 +433,9 @@ class DeptStrategy(Strategy):
         while task.waiting and time.monotonic() < task.until:
             self._members.look()
             self._ask(grid, task, most=1 if enough(0.0) else _ASKED_AT_MOST)
+            saving = time.monotonic()
+            self._save()
+            task.busy_s += time.monotonic() - saving
             yield from self._take(grid, task)
             if self._is_over(task, enough):
                 break

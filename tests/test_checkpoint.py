@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -138,10 +139,11 @@ def test_a_state_with_a_part_missing_is_refused(state: Path, gone: str) -> None:
         load_state(state)
 
 
-@pytest.mark.parametrize("format_", [1, 3, 0, "2", None])
+@pytest.mark.parametrize("format_", [1, 4, 0, "2", None])
 def test_another_format_is_refused(state: Path, format_: object) -> None:
     rewrite(state, format=format_)
-    with pytest.raises(DeptError, match=f"state of format {format_!r}, this version reads 2") as e:
+    told = f"state of format {format_!r}, this version reads 2 and 3"
+    with pytest.raises(DeptError, match=told) as e:
         load_state(state)
     assert not isinstance(e.value, DamagedState)
 
@@ -156,11 +158,21 @@ def rewrite(state: Path, **changes: object) -> None:
 
 def test_the_format_before_which_had_no_checksum_of_its_facts_is_named(state: Path) -> None:
     (state / "state.json").write_text('{"format": 1, "round": 3}')
-    with pytest.raises(DeptError, match="state of format 1, this version reads 2"):
+    with pytest.raises(DeptError, match="state of format 1, this version reads 2 and 3"):
         load_state(state)
 
 
-@pytest.mark.parametrize("gone", ["sha256", "meta_sha256", "format"])
+def test_the_format_before_is_read_and_its_checksum_looked_at(state: Path) -> None:
+    tensors, _ = load_state(state)
+    content = (state / "tensors.safetensors").read_bytes()
+    rewrite(state, format=2, xxh3_128="", sha256=hashlib.sha256(content).hexdigest())
+    assert load_state(state)[0].keys() == tensors.keys()
+    rewrite(state, sha256="0" * 64)
+    with pytest.raises(DamagedState, match="its checksum differs"):
+        load_state(state)
+
+
+@pytest.mark.parametrize("gone", ["xxh3_128", "meta_sha256", "format"])
 def test_a_checksum_that_is_missing_is_refused(state: Path, gone: str) -> None:
     facts = json.loads((state / "state.json").read_text())
     del facts[gone]
@@ -170,7 +182,7 @@ def test_a_checksum_that_is_missing_is_refused(state: Path, gone: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("round", 4), ("position", 7), ("format", 3), ("sha256", "0" * 64)]
+    ("key", "value"), [("round", 4), ("position", 7), ("format", 2), ("xxh3_128", "0" * 32)]
 )
 def test_a_changed_fact_is_noticed(state: Path, key: str, value: object) -> None:
     facts = json.loads((state / "state.json").read_text())

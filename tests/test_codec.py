@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dept_fl.codec import decode, encode, form, through
+from dept_fl.codec import Encoded, decode, encode, encoded, form
 from dept_fl.config import CODECS
 
 every_codec = pytest.mark.parametrize("codec", CODECS)
@@ -18,21 +18,33 @@ shapes = st.sampled_from(
 )
 
 
+def through(codec: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What arrives: as the encoder tells it, and as the decoder makes it of the bytes."""
+    arrived = torch.empty(tensor.shape)
+    bytes_ = encode(codec, tensor, arrived)
+    decoded = decode(codec, bytes_, tuple(tensor.shape))
+    assert torch.equal(arrived.view(torch.int32), decoded.view(torch.int32)) or not bool(
+        torch.isfinite(decoded).all()
+    )
+    assert torch.equal(torch.isfinite(arrived), torch.isfinite(decoded))
+    return decoded
+
+
 def test_four_bits_by_hand():
     """Largest 14: scale 2 (bf16 0x4000). 14, -14, 3, 5.2, 0.9 are 7, -7, 2 (1.5 to even), 3, 0."""
     row = torch.tensor([[14.0, -14.0, 3.0, 5.2, 0.9]])
-    encoded = encode("int4", row)
-    assert encoded.dtype == torch.uint8
+    made = encode("int4", row)
+    assert made.dtype == torch.uint8
     # The scale, low byte first; then pairs, the first number low: 9 is -7 in four bits.
-    assert encoded.tolist() == [[0x00, 0x40, 0x97, 0x32, 0x00]]
+    assert made.tolist() == [[0x00, 0x40, 0x97, 0x32, 0x00]]
     assert through("int4", row).tolist() == [[14.0, -14.0, 4.0, 6.0, 0.0]]
 
 
 def test_eight_bits_by_hand():
     """Largest 254: scale 2. Each row has a scale of its own."""
     rows = torch.tensor([[254.0, -3.0, 1.1], [127.0, 0.4, -126.6]])
-    encoded = encode("int8", rows)
-    assert encoded.tolist() == [[0x00, 0x40, 127, 254, 1], [0x80, 0x3F, 127, 0, 129]]
+    made = encode("int8", rows)
+    assert made.tolist() == [[0x00, 0x40, 127, 254, 1], [0x80, 0x3F, 127, 0, 129]]
     assert through("int8", rows).tolist() == [[254.0, -4.0, 2.0], [127.0, 0.0, -127.0]]
 
 
@@ -55,14 +67,14 @@ def test_what_was_decoded_once_is_not_changed_again(
 ):
     """So that silo, wire and server have the same numbers, whoever of them encodes."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**power
-    made = form(codec, shape)
-    encoded = encode(codec, tensor)
-    assert (encoded.dtype, tuple(encoded.shape)) == (made.dtype, made.shape)
+    lies = form(codec, shape)
+    made = encode(codec, tensor)
+    assert (made.dtype, tuple(made.shape)) == (lies.dtype, lies.shape)
     once = through(codec, tensor)
     assert once.shape == tensor.shape
     assert once.dtype == torch.float32
     assert torch.equal(through(codec, once), once)
-    assert torch.equal(encode(codec, once), encoded)
+    assert torch.equal(encode(codec, once), made)
 
 
 @pytest.mark.parametrize(("codec", "steps"), [("int4", 7), ("int8", 127)])
@@ -82,8 +94,8 @@ def test_rows_of_what_is_encoded_are_the_encoded_rows(codec: str, shape: tuple[i
     """TRIM's silos get the rows of one change that was encoded for all."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([1, 2, 5])
-    encoded = encode(codec, tensor)
-    assert torch.equal(encode(codec, tensor[rows]), encoded[rows])
+    made = encode(codec, tensor)
+    assert torch.equal(encode(codec, tensor[rows]), made[rows])
 
 
 def test_large_tensors_are_encoded_in_pieces_without_a_seam():
@@ -124,3 +136,28 @@ def test_any_bytes_can_be_decoded(codec: str, seed: int):
     drawn = torch.randint(0, 256, (made.bytes,), generator=generator, dtype=torch.uint8)
     encoded = drawn.view(made.dtype).view(made.shape)
     assert decode(codec, encoded, (4, 100)).shape == (4, 100)
+
+
+# ---- tensors that lie in memory as they travel --------------------------------------------------
+
+
+@every_codec
+def test_encoded_tensors_are_decoded_as_a_whole_or_by_rows(codec: str):
+    tensors = {"w": torch.randn(70, 3, 43), "b": torch.randn(5), "s": torch.tensor(2.0)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    made = Encoded(codec, {name: encode(codec, t) for name, t in tensors.items()}, shapes)
+    assert list(made) == ["w", "b", "s"] and len(made) == 3
+    for name, shape in shapes.items():
+        assert torch.equal(made[name], through(codec, tensors[name]))
+        matrix = made[name].reshape(shape[0] if shape else 1, -1)
+        for first, behind in ((0, len(matrix)), (0, 1), (len(matrix) // 2, len(matrix)), (1, 1)):
+            assert torch.equal(made.rows(name, first, behind), matrix[first:behind])
+    assert list(made.only(["b"])) == ["b"]
+    assert torch.equal(made.only(["b"])["b"], tensors["b"])
+
+
+def test_plain_tensors_are_encoded_as_fp32_without_a_copy():
+    tensors = {"w": torch.randn(3, 2)}
+    made = encoded(tensors)
+    assert made.codec == "fp32" and made["w"].data_ptr() == tensors["w"].data_ptr()
+    assert encoded(made) is made

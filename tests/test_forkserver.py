@@ -118,7 +118,7 @@ def test_installed_packages_that_changed_are_not_run_from_memory(
     # As a file beside the fork server, which is run by its path.
     script = tmp_path / "forkserver.py"
     code = Path(forkserver.__file__).read_text()
-    changed = code.replace('Path(sysconfig.get_path(name))', f'Path({str(site)!r})')
+    changed = code.replace("Path(sysconfig.get_path(name))", f"Path({str(site)!r})")
     assert changed != code
     script.write_text(changed.replace("importlib.import_module(name)", "pass"))
     (tmp_path / "forkclient.py").write_text(

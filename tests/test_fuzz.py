@@ -61,7 +61,7 @@ class Door(DeptStrategy):
         return self._server
 
     def genuine(self) -> RecordDict:
-        return records.update_record(self.update, self._recipe.wire.up)
+        return records.update_record(self.update)
 
     def judge(self, content: RecordDict) -> tuple[Merge, str]:
         """What became of the round when this came from bee, and why it was refused."""

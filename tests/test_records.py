@@ -31,7 +31,7 @@ def record(**changes: Array) -> ArrayRecord:
 
 
 def update_content(**changes: Any) -> RecordDict:
-    content = records.update_record(Update("ant", 1, TENSORS, {}, {"loss": 1.0}), "fp32")
+    content = records.update_record(Update("ant", 1, TENSORS, {}, {"loss": 1.0}))
     for name, value in changes.items():
         content[name] = value
     return content

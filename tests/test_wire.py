@@ -66,7 +66,7 @@ def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path
     kept = ant._state(2).lost
     tensors, meta = load_state(folder)
     none = {n: torch.zeros_like(t) if n.startswith("lost/") else t for n, t in tensors.items()}
-    save_state(folder, none, {k: v for k, v in meta.items() if k not in ("format", "sha256")})
+    save_state(folder, none, {k: v for k, v in meta.items() if k not in ("format", "xxh3_128")})
     without = ant.train(task).body
     assert not same(with_them, without)
     for name, tensor in with_them.items():  # sent + kept = delta + lost
@@ -235,7 +235,7 @@ def spoil_what_bee_received(home: Path) -> Callable[[Message, Message], Message]
             tensors, meta = load_state(round_folder(folder, 1))
             name = next(n for n in tensors if n.startswith("received/"))
             tensors[name] = tensors[name] + 1.0
-            facts = {k: v for k, v in meta.items() if k not in ("format", "sha256")}
+            facts = {k: v for k, v in meta.items() if k not in ("format", "xxh3_128")}
             save_state(round_folder(folder, 1), tensors, facts)
         return reply
 
@@ -322,7 +322,7 @@ def test_arrays_of_another_form_than_the_codecs_are_refused(
     recipe: Make, home: Path, spoiled: Callable[[np.ndarray], np.ndarray], reason: str
 ):
     server, silos = start(recipe("wire.up=int4"), home)
-    content = records.update_record(silos["ant"].train(server.task("ant")), "int4")
+    content = records.update_record(silos["ant"].train(server.task("ant")))
     shapes = server.layout.body
     name = next(n for n, shape in shapes.items() if len(shape) == 2)
     arrays = dict(content.array_records["body"])
@@ -335,7 +335,7 @@ def test_arrays_of_another_form_than_the_codecs_are_refused(
 def test_any_bytes_of_a_hostile_silo_are_judged_as_values(recipe: Make, home: Path, codec: str):
     """Scales of 2^127, of infinity or NaN: refused as a whole, or as large as their norm says."""
     server, silos = start(recipe(f"wire.up={codec}"), home)
-    content = records.update_record(silos["ant"].train(server.task("ant")), codec)
+    content = records.update_record(silos["ant"].train(server.task("ant")))
     generator = np.random.default_rng(0)
     refused = 0
     for _ in range(30):
