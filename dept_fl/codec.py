@@ -20,6 +20,7 @@ Shape = tuple[int, ...]
 
 _BLOCK = 64  # numbers that share a scale
 _SCALE_BYTES = 2  # bf16
+_ALIGNED = 8  # bytes: of tensors in one piece each begins where any dtype may
 _CHUNK_NUMBERS = 1 << 18  # of a tensor at a time, so that the steps in between stay in the cache
 
 
@@ -253,7 +254,32 @@ class Encoded(Mapping[str, torch.Tensor]):
         return rows.reshape(count, prod(shape[1:]))
 
     def only(self, names: Iterable[str]) -> Encoded:
-        return Encoded(self.codec, {name: self.tensors[name] for name in names}, self.shapes)
+        chosen = {name: self.tensors[name] for name in names}
+        return Encoded(self.codec, chosen, {name: self.shapes[name] for name in chosen})
+
+    def packed(self) -> Iterator[memoryview | bytes]:
+        """The bytes of all, in the order of their names; see `packed_bytes`."""
+        for name in sorted(self):
+            numbers = self.tensors[name].contiguous().numpy().reshape(-1).view(np.uint8)
+            yield numbers.data
+            yield bytes(-len(numbers) % _ALIGNED)
+
+    @classmethod
+    def unpacked(cls, codec: str, packed: torch.Tensor, shapes: Mapping[str, Shape]) -> Encoded:
+        """Views of what `packed` gave, [packed_bytes] uint8."""
+        tensors, start = {}, 0
+        for name in sorted(shapes):
+            lies = form(codec, shapes[name])
+            own = packed[start : start + lies.bytes]
+            tensors[name] = own.view(lies.dtype).view(lies.shape)
+            start += lies.bytes + -lies.bytes % _ALIGNED
+        return cls(codec, tensors, shapes)
+
+
+def packed_bytes(codec: str, shapes: Mapping[str, Shape]) -> int:
+    """Of encoded tensors one behind the other, each of which begins at a multiple of 8."""
+    sizes = [form(codec, shape).bytes for shape in shapes.values()]
+    return sum(size + -size % _ALIGNED for size in sizes)
 
 
 def encoded(tensors: Mapping[str, torch.Tensor]) -> Encoded:

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from dept_fl.codec import form
+from dept_fl.codec import packed_bytes
 from dept_fl.config import Recipe
 from dept_fl.loss import tokens_at_once
 from dept_fl.model import Blocks, Layout
@@ -63,8 +63,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def wire_bytes(shapes: Shapes, codec: str = "fp32") -> int:
-    """Bytes of these tensors as arrays of a message, each with its header."""
-    return sum(form(codec, shape).bytes + _NPY_HEADER_BYTES for shape in shapes.values())
+    """Bytes of these tensors as an array of a message, with its header; 0 where there are none."""
+    return packed_bytes(codec, shapes) + _NPY_HEADER_BYTES if shapes else 0
 
 
 def round_bytes(
@@ -85,7 +85,8 @@ def round_bytes(
     if method == "std":
         return parameters(layout, vocabulary).total * _FP32_BYTES * local_steps
     embeddings = layout.embeddings(vocabulary) if sends_embeddings(method) else {}
-    return wire_bytes({**(layout.body if body is None else body), **embeddings}, codec)
+    due = layout.body if body is None else body
+    return wire_bytes(due, codec) + wire_bytes(embeddings, codec)
 
 
 @dataclass(frozen=True)

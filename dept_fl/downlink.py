@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from dept_fl.checkpoint import Tensors, under_prefix, with_prefix
-from dept_fl.codec import encode
+from dept_fl.codec import Encoded, encode
 
 
 class Downlink:
@@ -18,23 +18,25 @@ class Downlink:
 
     Attributes:
         published: the copy, fp32.
-        change: what it was last changed by, encoded; None where there is none to send.
+        change: what it was last changed by; None where there is none to send.
     """
 
     def __init__(self, codec: str, parameters: Tensors) -> None:
         self._codec = codec
         self.published = {name: tensor.clone() for name, tensor in parameters.items()}
-        self.change: Tensors | None = None
+        self.change: Encoded | None = None
 
     def follow(self, parameters: Tensors, names: Iterable[str]) -> None:
         """Come as near to the parameters of these names as one change does."""
-        self.change = {}
+        change = {}
         for name in names:
             own = self.published[name]
             ahead = parameters[name] - own
             arrived = torch.empty_like(own)
-            self.change[name] = encode(self._codec, ahead, arrived)
+            change[name] = encode(self._codec, ahead, arrived)
             own += arrived
+        shapes = {name: tuple(self.published[name].shape) for name in change}
+        self.change = Encoded(self._codec, change, shapes)
 
     def state(self) -> Tensors:
         """For a checkpoint. The change is not kept: behind a restart all silos get the whole."""

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dept_fl.codec import Encoded, encoded, form, rows_and_width
+from dept_fl.codec import Encoded, encoded, packed_bytes, rows_and_width
 from dept_fl.config import OuterConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_ALIGNED = 8  # bytes: a tensor on disk begins where any dtype may
 _CHUNK_NUMBERS = 1 << 20  # merged at a time; coordinate-wise merges hold as many of all silos
 
 
@@ -186,23 +185,15 @@ class Spool:
         given = encoded(tensors)
         self._codecs[silo, part] = given.codec
         with self._file(silo, part).open("wb") as stream:
-            for name in sorted(given):
-                written = stream.write(given.tensors[name].contiguous().numpy().data)
-                stream.write(bytes(-written % _ALIGNED))
+            stream.writelines(given.packed())
 
     def get(self, silo: str, part: str, shapes: Shapes) -> Encoded:
         """What was put there, memory-mapped; nothing that is done to it reaches the file."""
         codec = self._codecs[silo, part]
-        tensors = {}
-        if shapes:
-            whole = torch.from_numpy(np.memmap(self._file(silo, part), np.uint8, mode="c"))
-            start = 0
-            for name in sorted(shapes):
-                lies = form(codec, shapes[name])
-                own = whole[start : start + lies.bytes]
-                tensors[name] = own.view(lies.dtype).view(lies.shape)
-                start += lies.bytes + -lies.bytes % _ALIGNED
-        return Encoded(codec, tensors, shapes)
+        if not packed_bytes(codec, shapes):  # an empty file has no map
+            return Encoded.unpacked(codec, torch.empty(0, dtype=torch.uint8), shapes)
+        numbers = np.memmap(self._file(silo, part), np.uint8, mode="c")
+        return Encoded.unpacked(codec, torch.from_numpy(numbers), shapes)
 
     def _file(self, silo: str, part: str) -> Path:
         return self._folder / f"{silo}.{part}"

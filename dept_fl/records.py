@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from dept_fl.checkpoint import Tensors
-from dept_fl.codec import Encoded, Form, encoded, form
+from dept_fl.codec import Encoded, encoded, packed_bytes
 from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
 from dept_fl.errors import BadUpdate, DeptError, NeedsWhole
 from dept_fl.silo import Change, Registration, Silo, Task, Update
@@ -44,6 +45,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{0,64}")
 _INT64_BYTES = 8
 _FACTS_BYTES = 1 << 20  # of all in a reply that is not an array
 _ARRAY_BYTES = 4096  # of an array that is not its numbers
+_MOST_ARRAYS = 2  # in a reply: those of the body and of the embeddings
 _COUNTS = (
     "vocabulary",
     "tokenizer_size",
@@ -63,9 +65,26 @@ _MEASURES = ("unigram_bits_per_byte", "step_s", "prepare_s")
 
 
 def to_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Tensors of any kind as arrays, encoded ones as they lie in memory."""
-    lie = encoded(tensors).tensors
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in lie.items()})
+    """fp32 tensors, or encoded ones, as one array of bytes; nothing where there are none.
+
+    One array, since Flower sends each by itself: a request takes it about as long as a megabyte.
+    """
+    given = encoded(tensors)
+    if not given:
+        return ArrayRecord()
+    shape = (packed_bytes(given.codec, given.shapes),)
+    head = io.BytesIO()
+    facts = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, facts)
+    data = b"".join([head.getvalue(), *given.packed()])
+    name = _packed_name(given.codec, given.shapes)
+    return ArrayRecord({name: Array("uint8", shape, "numpy.ndarray", data)})
+
+
+def _packed_name(codec: str, shapes: Shapes) -> str:
+    """Tells packed tensors of other names, shapes or codec apart."""
+    facts = [codec, *((name, tuple(shapes[name])) for name in sorted(shapes))]
+    return f"{codec} {xxhash.xxh3_64_hexdigest(repr(facts).encode())}"
 
 
 def record_bytes(record: ArrayRecord) -> int:
@@ -93,27 +112,25 @@ def encoded_from_record(record: ArrayRecord, shapes: Shapes, codec: str) -> Enco
     """Views of the bytes that came, for tensors of these shapes.
 
     Raises:
-        BadUpdate: names, dtypes or shapes differ from what the codec makes of `shapes`, or the
-            bytes are not what their header says. Nothing is allocated before that is known.
+        BadUpdate: it is not what `to_record` makes of tensors of these names and shapes with this
+            codec, or the bytes are not what their header says. Nothing is allocated before that
+            is known.
     """
-    if record.keys() != shapes.keys():
-        names = record.keys() ^ shapes.keys()
-        raise BadUpdate(f"parameters missing or not asked for: {_some(names)}")
-    views = {
-        name: _tensor(name, array, form(codec, shapes[name])) for name, array in record.items()
-    }
-    return Encoded(codec, views, shapes)
-
-
-def _tensor(name: str, array: Array, expected: Form) -> torch.Tensor:
-    view = _view(name, array)
-    if view.dtype != expected.numpy_dtype:
-        raise BadUpdate(f"{name} is {view.dtype}, expected {expected.numpy_dtype}")
-    if view.shape != expected.shape:
-        raise BadUpdate(f"{name} is {view.shape}, expected {expected.shape}")
+    name = _packed_name(codec, shapes) if shapes else ""
+    if list(record) != ([name] if name else []):
+        raise BadUpdate(
+            f"holds {_some(record) or 'nothing'}, asked for was {name or 'nothing'}: parameters "
+            "of other names or shapes, or another codec"
+        )
+    if not name:
+        return Encoded(codec, {}, {})
+    view, expected = _view(name, record[name]), (packed_bytes(codec, shapes),)
+    if view.dtype != np.uint8 or view.shape != expected:
+        raise BadUpdate(f"{name} is {view.dtype} {view.shape}, expected uint8 {expected}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of read-only memory; nobody writes to it
-        return torch.from_numpy(view)
+        packed = torch.from_numpy(view)
+    return Encoded.unpacked(codec, packed, shapes)
 
 
 def _view(name: str, array: Array) -> npt.NDArray[Any]:
@@ -329,8 +346,8 @@ def read_task(content: RecordDict, silo: Silo) -> Task:
         if start != round_ - 1:
             raise BadUpdate(f"a change for round {round_}, of what is behind round {start}")
         change = Change(
-            encoded_from_record(came, silo.layout.synchronised(silo.recipe, start), codec).tensors,
-            encoded_from_record(came_too, embeddings, codec).tensors,
+            encoded_from_record(came, silo.layout.synchronised(silo.recipe, start), codec),
+            encoded_from_record(came_too, embeddings, codec),
             str(record["digest"]),
         )
         return replace(task, change=change)
@@ -402,8 +419,8 @@ def read_finished(content: RecordDict, silo: str) -> tuple[dict[str, float], str
 
 def largest_reply(arrays: Shapes, codec: str, rows: int = 0) -> int:
     """Bytes that an honest reply with these arrays has at most; the rest is never fetched."""
-    numbers = sum(form(codec, shape).bytes for shape in arrays.values())
-    return numbers + _INT64_BYTES * rows + _FACTS_BYTES + _ARRAY_BYTES * len(arrays)
+    numbers = packed_bytes(codec, arrays) + _INT64_BYTES * rows
+    return numbers + _FACTS_BYTES + _ARRAY_BYTES * _MOST_ARRAYS
 
 
 def _config(content: RecordDict) -> ConfigRecord:

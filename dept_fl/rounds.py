@@ -30,7 +30,7 @@ from dept_fl.checkpoint import (
     under_prefix,
     with_prefix,
 )
-from dept_fl.codec import encoded
+from dept_fl.codec import Encoded, encoded
 from dept_fl.config import FREE_ON_RESUME, Recipe, differences, recipe_from_json
 from dept_fl.downlink import Downlink
 from dept_fl.errors import BadUpdate, ConfigError, DeptError
@@ -226,11 +226,15 @@ class Server:
         downlink = self._downlink if self.round < self.recipe.rounds else None
         if downlink is None or downlink.change is None or task.start_round != self.round:
             return task
-        body, embeddings = self._split(downlink.change)
         if self._body_digest is None:
             self._body_digest = digest(task.body)  # one for all silos
+        changed = downlink.change
+        body, embeddings = self._split(changed.tensors)
         change = Change(
-            body, self._start(task.silo, embeddings), self._body_digest + digest(task.embeddings)
+            changed.only(body),
+            # Some rows of what is encoded are the encoded form of those rows.
+            Encoded(changed.codec, self._start(task.silo, embeddings), self.shapes(task.silo)),
+            self._body_digest + digest(task.embeddings),
         )
         return replace(task, body={}, embeddings={}, change=change)
 
@@ -244,7 +248,7 @@ class Server:
             return self._downlink.published
         return {**self.body, **self.embeddings}
 
-    def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+    def _split(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
         body = {name: t for name, t in tensors.items() if name in self.layout.body}
         return body, {name: t for name, t in tensors.items() if name not in body}
 

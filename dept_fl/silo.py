@@ -33,7 +33,7 @@ from dept_fl.checkpoint import (
     with_prefix,
     write_whole,
 )
-from dept_fl.codec import Encoded, decode, encode, encoded
+from dept_fl.codec import Encoded, encode, encoded
 from dept_fl.config import InnerConfig, Recipe, SiloConfig
 from dept_fl.data import (
     Batches,
@@ -110,12 +110,11 @@ class Change:
     `wire.fragments`).
 
     Attributes:
-        body, embeddings: encoded.
         digest: of the body and embeddings that come of it.
     """
 
-    body: Mapping[str, torch.Tensor]
-    embeddings: Mapping[str, torch.Tensor]
+    body: Encoded
+    embeddings: Encoded
     digest: str
 
 
@@ -160,8 +159,8 @@ class _State:
 
     Attributes:
         position: sequences taken from its stream.
-        lost: of its deltas by the codec (error feedback); on disk in bf16, which is exact enough
-            for what is less than a rounding step.
+        lost: of its deltas by the codec (error feedback); in bf16, which is exact enough for what
+            is less than a rounding step.
         received: body and embeddings as they arrived in that round, kept where the next ones come
             as a change.
         body: its own, trained, of the fragments that were not synchronised in that round.
@@ -323,7 +322,8 @@ class Silo:
         body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
         delta = {name: after[name] - embeddings[name] for name in after}
         asked = self.layout.synchronised(self.recipe, task.round)
-        body_delta = {name: body.pop(name) - task.body[name] for name in asked}
+        # In the model's memory, which has done its work.
+        body_delta = {name: body.pop(name).sub_(task.body[name]) for name in asked}
         norms = {"body_delta_norm": norm(body_delta), "embedding_delta_norm": norm(delta)}
         sent, lost = self._as_sent({**body_delta, **self._variant.sent(delta)}, state.lost)
         encode_s = time.perf_counter() - saving
@@ -464,7 +464,7 @@ class Silo:
             position=meta["position"],
             embeddings=under_prefix("embeddings", tensors),
             moments=moments,
-            lost={name: t.float() for name, t in under_prefix("lost", tensors).items()},
+            lost=under_prefix("lost", tensors),
             received=under_prefix("received", tensors),
             body=under_prefix("body", tensors),
         )
@@ -475,18 +475,18 @@ class Silo:
         Raises:
             NeedsWhole: the silo has not what it changes.
         """
-        change, codec = task.change, self.recipe.wire.down
+        change = task.change
         if change is None:
             return task
-        added = {**change.body, **change.embeddings}
-        if state.warning or not state.received.keys() >= {*self.layout.body, *added}:
+        changed = {*change.body, *change.embeddings}
+        if state.warning or not state.received.keys() >= {*self.layout.body, *changed}:
             raise NeedsWhole(
                 state.warning or f"kept nothing that arrived in round {task.round - 1}"
             )
         whole = dict(state.received)
-        for name, tensor in added.items():
-            before = state.received[name]
-            whole[name] = before + decode(codec, tensor, tuple(before.shape))
+        for part in (change.body, change.embeddings):
+            for name, by in part.items():
+                whole[name] = state.received[name] + by
         body = {name: whole.pop(name) for name in self.layout.body}
         if digest(body) + digest(whole) != change.digest:
             raise NeedsWhole(
@@ -596,14 +596,13 @@ class Silo:
             arrived = torch.empty_like(delta)
             sent[name] = encode(wire.up, delta, arrived)
             if wire.error_feedback:
-                kept[name] = delta.sub_(arrived)
+                kept[name] = delta.sub_(arrived).bfloat16()
         shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
         # Lost of fragments that are not sent now, too.
         return Encoded(wire.up, sent, shapes), {**lost, **kept}
 
     def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
-        lost = {name: tensor.bfloat16() for name, tensor in state.lost.items()}
-        tensors = {**with_prefix("lost", lost), **with_prefix("body", state.body)}
+        tensors = {**with_prefix("lost", state.lost), **with_prefix("body", state.body)}
         if self.recipe.wire.sends_changes:
             tensors |= with_prefix("received", {**task.body, **task.embeddings})
         if not self._variant.embeddings_travel:

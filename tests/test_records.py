@@ -25,9 +25,18 @@ TENSORS = {
 }
 
 
+PACKED = 24 + 16 + 8  # bytes; that of `c` is four of them and four of padding
+(NAME,) = records.to_record(TENSORS)
+
+
 def record(**changes: Array) -> ArrayRecord:
-    arrays = {name: Array(t.numpy()) for name, t in TENSORS.items()}
-    return ArrayRecord({**arrays, **changes})
+    """The tensors as they are sent, and with `packed` something else in place of their bytes."""
+    array = changes.pop("packed", records.to_record(TENSORS)[NAME])
+    return ArrayRecord({NAME: array, **changes})
+
+
+def bytes_array(size: int = PACKED) -> bytes:
+    return Array(np.zeros(size, np.uint8)).data
 
 
 def update_content(**changes: Any) -> RecordDict:
@@ -41,47 +50,80 @@ def test_tensors_come_back_bit_for_bit_and_without_a_copy():
     made = records.to_record(TENSORS)
     back = records.from_record(made, SHAPES)
     assert all(torch.equal(back[name], TENSORS[name]) for name in SHAPES)
-    data = np.frombuffer(made["a"].data, np.uint8)
-    start = back["a"].data_ptr() - data.ctypes.data
-    assert 0 < start < len(data)
+    data = np.frombuffer(made[NAME].data, np.uint8)
+    starts = [back[name].data_ptr() - data.ctypes.data for name in SHAPES]
+    assert starts == [128, 128 + 24, 128 + 24 + 16]
+
+
+def test_what_is_sent_is_what_numpy_would_write():
+    array = records.to_record(TENSORS)[NAME]
+    numbers = array.numpy()
+    assert (numbers.dtype, numbers.shape) == (np.uint8, (PACKED,))
+    assert Array(numbers).data == array.data
+    assert numbers[:24].view(np.float32).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_nothing_is_sent_of_nothing():
+    assert records.to_record({}) == ArrayRecord()
+    assert records.from_record(ArrayRecord(), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "codec"),
+    [
+        ({**SHAPES, "a": (3, 2)}, "fp32"),
+        ({**SHAPES, "d": ()}, "fp32"),
+        ({"a": (2, 3), "b": (4,)}, "fp32"),
+        ({"a": (2, 3), "x": (4,), "c": ()}, "fp32"),
+        (SHAPES, "bf16"),
+        ({}, "fp32"),
+    ],
+)
+def test_what_was_packed_for_other_parameters_is_refused(shapes: Any, codec: str):
+    """Even where the bytes are as many."""
+    with pytest.raises(BadUpdate, match="parameters of other names or shapes, or another codec"):
+        records.from_record(record(), shapes, codec)
 
 
 def test_bytes_on_the_wire_are_the_serialised_arrays():
     made = records.to_record(TENSORS)
-    assert records.record_bytes(made) == (6 + 4 + 1) * 4 + 3 * 128
+    assert records.record_bytes(made) == PACKED + 128
 
 
 @pytest.mark.parametrize(
-    ("name", "array", "reason"),
+    ("array", "reason"),
     [
-        ("a", Array(np.zeros((3, 2), np.float32)), "expected"),
-        ("a", Array(np.zeros((2, 3), np.float64)), "expected float32"),
-        ("a", Array(np.zeros((2, 3), np.int32)), "expected float32"),
-        ("b", Array(np.zeros(5, np.float32)), "expected"),
-        ("b", Array("float32", (4,), "numpy.ndarray", b""), "not a plain array"),
-        ("b", Array("float32", (4,), "numpy.ndarray", b"\x93NUMPY\x01\x00"), "not a plain array"),
-        ("b", Array("float32", (4,), "pickle", Array(np.zeros(4, np.float32)).data), "pickle"),
-        ("b", Array("f", (4,), "numpy.ndarray", Array(np.zeros(4, "f")).data[:-1]), "length"),
-        ("b", Array("f", (4,), "numpy.ndarray", Array(np.zeros(4, "f")).data + b"x"), "length"),
+        (Array(np.zeros((PACKED, 1), np.uint8)), "expected"),
+        (Array(np.zeros(PACKED // 4, np.float32)), "expected uint8"),
+        (Array(np.zeros(PACKED, np.int8)), "expected uint8"),
+        (Array(np.zeros(PACKED - 1, np.uint8)), "expected"),
+        (Array(np.zeros(PACKED + 8, np.uint8)), "expected"),
+        (Array("uint8", (PACKED,), "numpy.ndarray", b""), "not a plain array"),
+        (Array("uint8", (PACKED,), "numpy.ndarray", b"\x93NUMPY\x01\x00"), "not a plain array"),
+        (Array("uint8", (PACKED,), "pickle", bytes_array()), "pickle"),
+        (Array("uint8", (PACKED,), "numpy.ndarray", bytes_array()[:-1]), "length"),
+        (Array("uint8", (PACKED,), "numpy.ndarray", bytes_array() + b"x"), "length"),
     ],
 )
-def test_an_array_that_is_not_what_was_asked_for_is_refused(name: str, array: Array, reason: str):
+def test_an_array_that_is_not_what_was_asked_for_is_refused(array: Array, reason: str):
     with pytest.raises(BadUpdate, match=reason):
-        records.from_record(record(**{name: array}), SHAPES)
+        records.from_record(record(packed=array), SHAPES)
 
 
 def test_a_header_that_promises_petabytes_allocates_nothing():
-    data = Array(np.zeros(4, np.float32)).data
-    huge = data.replace(b"(4,), }" + b" " * 15, b"(4000000000000000,), }")
+    huge = bytes_array().replace(b"(48,), }" + b" " * 14, b"(48000000000000,), }  ")
+    assert huge != bytes_array()
     with pytest.raises(BadUpdate, match="length"):
-        records.from_record(record(b=Array("f", (4,), "numpy.ndarray", huge)), SHAPES)
+        records.from_record(record(packed=Array("u1", (4,), "numpy.ndarray", huge)), SHAPES)
 
 
-def test_parameters_that_are_missing_or_extra_are_named():
-    with pytest.raises(BadUpdate, match="missing or not asked for: d"):
+def test_arrays_that_are_missing_or_extra_are_named():
+    with pytest.raises(BadUpdate, match=f"holds d, {NAME}, asked for was {NAME}"):
         records.from_record(record(d=Array(np.zeros(1, np.float32))), SHAPES)
-    with pytest.raises(BadUpdate, match="missing or not asked for: b"):
-        records.from_record(ArrayRecord({"a": Array(np.zeros((2, 3), np.float32))}), SHAPES)
+    with pytest.raises(BadUpdate, match=f"holds nothing, asked for was {NAME}"):
+        records.from_record(ArrayRecord(), SHAPES)
+    with pytest.raises(BadUpdate, match=f"holds {NAME}, asked for was nothing"):
+        records.from_record(record(), {})
 
 
 @pytest.mark.parametrize(
@@ -125,11 +167,11 @@ def test_a_reply_without_one_of_its_parts_is_refused(part: str):
 @given(st.binary(max_size=300), st.integers(0, 300))
 def test_no_bytes_crash_the_reader(noise: bytes, at: int):
     """Valid arrays with noise written over them: refused, or read as float32 of the shape."""
-    data = bytearray(Array(np.zeros(4, np.float32)).data)
+    data = bytearray(bytes_array())
     data[at : at + len(noise)] = noise
-    broken = Array("float32", (4,), "numpy.ndarray", bytes(data))
+    broken = Array("uint8", (PACKED,), "numpy.ndarray", bytes(data))
     try:
-        back = records.from_record(record(b=broken), SHAPES)
+        back = records.from_record(record(packed=broken), SHAPES)
     except BadUpdate:
         return
     assert back["b"].shape == (4,)

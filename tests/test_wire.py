@@ -44,14 +44,17 @@ SMALL = "wire.up=int4 wire.down=int8"
 
 
 def test_what_the_codec_lost_is_added_to_the_next_delta_by_hand(recipe: Make, home: Path):
-    """Steps of 1 (the largest is 7): 0.3 is sent as 0, 0.6 as 1, 0.9 - 1 + 0.3 = 0.2 as 0."""
+    """Steps of 1 (the largest is 7): 0.3 is sent as 0, 0.6 as 1, 0.9 - 1 + 0.3 = 0.2 as 0.
+
+    What is kept is in bf16.
+    """
     silo = Silo("ant", recipe("wire.up=int4"), home, "a" * 12)
     sent, lost = [], {}
     for _ in range(4):
         arrives, lost = silo._as_sent({"w": torch.tensor([[7.0, 0.3]])}, lost)
         sent.append(round(float(arrives["w"][0, 1]), 6))
     assert sent == [0.0, 1.0, 0.0, 0.0]
-    assert float(lost["w"][0, 1]) == pytest.approx(4 * 0.3 - 1)
+    assert float(lost["w"][0, 1]) == pytest.approx(4 * 0.3 - 1, rel=2**-7)
 
 
 def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path):
@@ -137,7 +140,6 @@ def test_silos_train_from_the_copy_and_end_with_the_body_itself(
 
 
 def test_a_silo_keeps_what_arrives_put_together_by_flower(recipe: Make, home: Path):
-    """Norms all begin at 1: equal arrays of a message are one, in the same memory."""
     server, silos = start(recipe(SMALL), home)
     task = server.task("ant")
     objects = get_all_nested_objects(record := records.to_record(task.body))
@@ -145,7 +147,6 @@ def test_a_silo_keeps_what_arrives_put_together_by_flower(recipe: Make, home: Pa
     arrived = inflate_object_from_contents(record.object_id, contents)
     assert isinstance(arrived, ArrayRecord)
     body = records.from_record(arrived, server.layout.body)
-    assert len({tensor.data_ptr() for tensor in body.values()}) < len(body)
     update = silos["ant"].train(replace(task, body=body))
     assert same(update.body, silos["ant"].train(task).body)
 
@@ -199,8 +200,8 @@ def test_the_whole_goes_to_those_who_missed_a_round_alone(recipe: Make, home: Pa
         silo, round_ = str(task["silo"]), int(task["round"])
         expected = round_ > 1 and round_ - 1 in server.members[silo].merged
         assert ("digest" in task) == expected
-        kinds = {a.numpy().dtype.name for a in message.content.array_records["body"].values()}
-        assert kinds == ({"uint8", "float32"} if expected else {"float32"})
+        (name,) = message.content.array_records["body"]
+        assert name.split()[0] == (server.recipe.wire.down if expected else "fp32")
         seen.add(expected)
     assert seen == {True, False}
 
@@ -313,9 +314,9 @@ def test_a_change_of_what_a_silo_never_had_is_refused(recipe: Make, home: Path):
 @pytest.mark.parametrize(
     ("spoiled", "reason"),
     [
-        (lambda a: a.astype(np.int8), "is int8, expected uint8"),
-        (lambda a: a[:, :-1].copy(), "expected"),
-        (lambda a: a.astype(np.float32), "is float32, expected uint8"),
+        (lambda a: a.astype(np.int8), "is int8 .*expected uint8"),
+        (lambda a: a[:-1].copy(), "expected"),
+        (lambda a: a.astype(np.float32), "is float32 .*expected uint8"),
     ],
 )
 def test_arrays_of_another_form_than_the_codecs_are_refused(
@@ -323,12 +324,10 @@ def test_arrays_of_another_form_than_the_codecs_are_refused(
 ):
     server, silos = start(recipe("wire.up=int4"), home)
     content = records.update_record(silos["ant"].train(server.task("ant")))
-    shapes = server.layout.body
-    name = next(n for n, shape in shapes.items() if len(shape) == 2)
-    arrays = dict(content.array_records["body"])
-    content["body"] = ArrayRecord({**arrays, name: Array(spoiled(arrays[name].numpy()))})
+    ((name, array),) = content.array_records["body"].items()
+    content["body"] = ArrayRecord({name: Array(spoiled(array.numpy()))})
     with pytest.raises(BadUpdate, match=reason):
-        records.read_update(content, shapes, {}, "int4")
+        records.read_update(content, server.layout.body, {}, "int4")
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
