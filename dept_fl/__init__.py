@@ -19,9 +19,6 @@ ROOT = PACKAGE / "project" if (PACKAGE / "project").is_dir() else PACKAGE.parent
 
 __version__: str = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
-# Large tensors in large pages, as PyTorch reads at its first allocation: with a body of 100 M
-# parameters a seventh of a round's CPU time at a silo was the kernel's, for pages of 4 kB.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Some architectures of transformers would fetch code for faster kernels from the hub, wherever the
 # package `kernels` is installed: no model that a server names may do that.
 os.environ.setdefault("USE_HUB_KERNELS", "OFF")
