@@ -4,8 +4,8 @@
 
 A small SPEC-OPT federation of two SuperNodes on loopback, without TLS so that it can be read.
 Between each SuperNode and the SuperLink stands a proxy that keeps every request. From these the
-replies of each silo are put together, record by record; the arrays in them must be the body and
-no others, and as many bytes as the ledger has.
+replies of each silo are put together, record by record; what is in them must be one array of the
+body's bytes and no others, as many as the body has by its shapes and as the ledger tells.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dept_fl.config import load_recipe
+from dept_fl.cost import wire_bytes
+from dept_fl.model import layout
 from dept_fl.report import Ledger
 from tests.conftest import SETTINGS, write_text
 from tests.deployment import CONNECTION, Federation
@@ -135,8 +138,8 @@ def proxy(port: int) -> Iterator[tuple[int, Capture]]:
         server.server_close()
 
 
-def run(folder: Path, rounds: int) -> tuple[dict[str, Capture], Ledger]:
-    """The federation, to its end."""
+def run(folder: Path, rounds: int) -> tuple[dict[str, Capture], Ledger, int]:
+    """The federation, to its end; what each silo sent, and the bytes that a body has."""
     recipe = folder / "recipe.yaml"
     deployed = SETTINGS.partition("silos:")[0]
     recipe.write_text(f"{deployed}min_silos: {len(VOCABULARIES)}\nround_timeout_s: 120\n")
@@ -158,7 +161,9 @@ def run(folder: Path, rounds: int) -> tuple[dict[str, Capture], Ledger]:
             federation.flwr("run", str(app), CONNECTION, "--stream", "--run-config", words)
     finally:
         federation.close()
-    return captures, Ledger(run_dir)
+    loaded = load_recipe(recipe)
+    body = layout(loaded.model, loaded.sequence_tokens).body
+    return captures, Ledger(run_dir), wire_bytes(body)
 
 
 def silo_file(folder: Path, silo: str) -> Path:
@@ -171,8 +176,10 @@ def silo_file(folder: Path, silo: str) -> Path:
     return file
 
 
-def compare(captures: dict[str, Capture], ledger: Ledger) -> list[dict[str, object]]:
-    """A row for each silo and round: bytes on the wire beside those of the ledger."""
+def compare(
+    captures: dict[str, Capture], ledger: Ledger, body_bytes: int
+) -> list[dict[str, object]]:
+    """A row for each silo and round: bytes on the wire beside the body's and the ledger's."""
     told = {(e["silo"], str(e["round"])): e for e in ledger.read() if e["event"] == "silo_train"}
     rows: list[dict[str, object]] = []
     for silo, capture in captures.items():
@@ -185,6 +192,7 @@ def compare(captures: dict[str, Capture], ledger: Ledger) -> list[dict[str, obje
                     "silo": silo,
                     "round": int(round_),
                     "arrays": sum(len(r) for r in records.values() if "" not in r),
+                    "body": body_bytes,
                     "wire_body": sum(records["body"].values()),
                     "ledger_body": event["bytes_up_body"],
                     "wire_embeddings": sum(records.get("embeddings", {}).values()),
@@ -199,7 +207,7 @@ def compare(captures: dict[str, Capture], ledger: Ledger) -> list[dict[str, obje
 
 def agrees(row: dict[str, object]) -> bool:
     """Whether the ledger tells what was on the wire, and that was the body and no more."""
-    same = row["wire_body"] == row["ledger_body"]
+    same = row["wire_body"] == row["ledger_body"] == row["body"] and row["arrays"] == 1
     none = row["wire_embeddings"] == row["ledger_embeddings"] == 0
     return same and none and row["other_records"] == []
 
@@ -226,8 +234,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        captures, ledger = run(Path(folder), given.rounds)
-        rows = compare(captures, ledger)
+        captures, ledger, body_bytes = run(Path(folder), given.rounds)
+        rows = compare(captures, ledger, body_bytes)
     show(rows, captures)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -40,14 +40,12 @@ from statistics import median
 import psutil
 
 from benchmarks import nvflare_peer
-from benchmarks.processes import server_peaks
+from benchmarks.processes import partners_own, server_peaks
 from benchmarks.round_overhead import cores
 from dept_fl.config import load_recipe
 from dept_fl.jobs import about
-from dept_fl.local import TASK_POLL_S
 from dept_fl.model import layout
 from dept_fl.report import Event, Ledger
-from dept_fl.supernode import quick_messages
 from tests.conftest import write_text
 from tests.deployment import CONNECTION, Federation
 
@@ -234,9 +232,7 @@ def measure(wire: str, size: Size) -> Event:
                 name, node = f"node-{i}", f'silo="{silo_file(folder, i)}"'
                 variables = {"OMP_NUM_THREADS": threads}
                 if wire in DOWN:
-                    variables["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = TASK_POLL_S
-                    whole = federation.environment(name, **variables)
-                    variables["PATH"] = ended.enter_context(quick_messages(whole))["PATH"]
+                    variables = partners_own(federation, name, ended, **variables)
                 federation.supernode(name, node, **variables)
             federation.wait_until_online(size.silos)
             with server_peaks(psutil.Process(link.process.pid), "flwr-serverapp") as memory:

@@ -7,13 +7,15 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from dept_fl.local import end_tree
+from dept_fl.local import TASK_POLL_S, end_tree
+from dept_fl.supernode import quick_messages
+from tests.deployment import Federation
 
 _LOOK_EVERY_S = 0.5
 _LOOK_AT_SERVER_EVERY_S = 0.1
@@ -65,6 +67,19 @@ def server_peaks(server: psutil.Process, app: str) -> Iterator[dict[str, int]]:
 
     with repeated(look, _LOOK_AT_SERVER_EVERY_S):
         yield most
+
+
+def partners_own(
+    federation: Federation, name: str, ended: ExitStack, **variables: str
+) -> dict[str, str]:
+    """Variables of a SuperNode's environment as `dept silo start` has them, a fork server too.
+
+    Args:
+        ended: what the fork server ends with.
+    """
+    asks = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": TASK_POLL_S, **variables}
+    whole = federation.environment(name, **asks)
+    return {**asks, "PATH": ended.enter_context(quick_messages(whole))["PATH"]}
 
 
 @dataclass

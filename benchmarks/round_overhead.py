@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.processes import partners_own
 from dept_fl.jobs import about
 from dept_fl.report import Event, Ledger
 from dept_fl.silo_file import KEYS
@@ -84,11 +85,12 @@ def deployed(folder: Path, recipe: Path, home: Path, rounds: int) -> list[Event]
     served = folder / "deployed.yaml"
     served.write_text(yaml.safe_dump(settings))
     run_dir, threads = folder / "deployment", str(max(1, cores() // DEPLOYED))
-    with Federation(folder / "federation", secure=False) as federation:
+    with Federation(folder / "federation", secure=False) as federation, ExitStack() as ended:
         federation.superlink()
         for name, source in silos.items():
             file = silo_file(folder, home, settings, name, source)
-            federation.supernode(name, f'silo="{file}"', OMP_NUM_THREADS=threads)
+            own = partners_own(federation, name, ended, OMP_NUM_THREADS=threads)
+            federation.supernode(name, f'silo="{file}"', **own)
         words = f'recipe="{served}" run-dir="{run_dir}" home="{home}"'
         federation.flwr("run", str(ROOT), CONNECTION, "--stream", "--run-config", words)
     return Ledger(run_dir).read()

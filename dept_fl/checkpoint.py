@@ -205,7 +205,7 @@ def save_state(
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Each in memory of its own, as safetensors wants it; equal ones of a message share theirs."""
+    """Each in memory of its own, as safetensors wants it."""
     plain: Tensors = {}
     places = set()
     for name, tensor in tensors.items():
@@ -239,9 +239,10 @@ def load_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise ValueError(f"{_META} holds no mapping")
     checksum, format_ = meta.pop("meta_sha256", ""), meta.get("format")
-    if checksum != _digest(meta) and (checksum or format_ in _CHECKSUMS):  # format 1 had none
+    known_format = isinstance(format_, int) and format_ in _CHECKSUMS
+    if checksum != _digest(meta) and (checksum or known_format):  # format 1 had none
         raise DamagedState(f"{folder}: {_META} is damaged (its checksum differs)")
-    if format_ not in _CHECKSUMS:
+    if not known_format:
         known = " and ".join(map(str, _CHECKSUMS))
         raise DeptError(f"{folder}: state of format {format_!r}, this version reads {known}")
     return meta

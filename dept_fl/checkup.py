@@ -259,7 +259,7 @@ class Checkup:
         if recipe.inner.state == "keep":
             kept += 2 * held
         if wire.up != "fp32" and wire.error_feedback:
-            kept += travels
+            kept += travels // 2  # in bf16
         if wire.sends_changes:
             kept += travels  # as it came
         kept += body - body // wire.fragments  # of its own

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ class Form:
 
     dtype: torch.dtype
     shape: Shape
-
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        return np.dtype(str(self.dtype).removeprefix("torch."))
 
     @property
     def bytes(self) -> int:
@@ -222,7 +218,7 @@ def rows_and_width(shape: Shape) -> tuple[int, int]:
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded(Mapping[str, torch.Tensor]):
     """fp32 tensors by name that lie in memory as they travel, and are decoded when asked for.
 
@@ -237,6 +233,9 @@ class Encoded(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return decode(self.codec, self.tensors[name], self.shapes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # without decoding it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -32,7 +32,7 @@ class Downlink:
         for name in names:
             own = self.published[name]
             ahead = parameters[name] - own
-            arrived = torch.empty_like(own)
+            arrived = torch.empty(own.shape)
             change[name] = encode(self._codec, ahead, arrived)
             own += arrived
         shapes = {name: tuple(self.published[name].shape) for name in change}

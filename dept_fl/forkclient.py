@@ -15,7 +15,8 @@ import sys
 
 _FORKED = b"+"
 _LENGTH, _EXIT_CODE = struct.Struct(">I"), struct.Struct(">i")
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_PATIENCE_S = 120.0  # a fork server that hangs must not hold up what starts without it
 _SIGNALLED = 128  # what a shell adds to a signal's number
 
 
@@ -36,9 +37,12 @@ def _ask(server: socket.socket, command: list[str]) -> bool:
     folder = os.getcwd()  # noqa: PTH109 (pathlib takes as long as all else here)
     asked = {"command": command, "folder": folder, "environment": dict(os.environ)}
     text = json.dumps(asked).encode()
+    server.settimeout(_PATIENCE_S)
     socket.send_fds(server, [_LENGTH.pack(len(text))], [0, 1, 2])
     server.sendall(text)
-    return server.recv(1) == _FORKED
+    forked = server.recv(1) == _FORKED
+    server.settimeout(None)
+    return forked
 
 
 def _follow(server: socket.socket) -> int:

@@ -26,7 +26,6 @@ import signal
 import socket
 import struct
 import sys
-import sysconfig
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -85,7 +84,10 @@ class _Request:
 
 @dataclass
 class _Child:
-    """A forked process and whom it is for."""
+    """A forked process and whom it is for.
+
+    Where this server ends, it goes on; Flower's own watch of the SuperExec ends it with that.
+    """
 
     pid: int
     process: int  # a file descriptor: the pid may be another's by the time it is signalled
@@ -105,6 +107,7 @@ class _Server:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._installed: list[int] | None = None  # when it preloaded; None before
+        self._refuses = False
         self._parent = os.getppid()
 
     def serve(self) -> _Request | None:
@@ -118,31 +121,23 @@ class _Server:
                 if key.fileobj is self._listener:
                     if request := self._answer():
                         return request
-                elif key.fileobj is key.data.caller:
-                    self._hear(key.data)
-                else:
+                elif key.fileobj == key.data.process:
                     self._reap(key.data)
+                elif key.fileobj is key.data.caller:  # none any more, where it was just reaped
+                    self._hear(key.data)
         return None
 
     def _answer(self) -> _Request | None:
-        caller, _ = self._listener.accept()
+        try:
+            caller, _ = self._listener.accept()
+        except OSError:
+            return None
         try:
             request = _read(caller)
-        except (OSError, ValueError, KeyError, struct.error):
+        except Exception:  # no request
             caller.close()
             return None
-        if self._installed is None:  # with the first: one that nobody asks costs nothing
-            self._installed = _installed()
-            _preload()
-        if _installed() != self._installed:
-            print(
-                "installed packages have changed: messages start slowly until the SuperNode is "
-                "started again",
-                flush=True,
-            )
-            forked = None
-        else:
-            forked = self._fork(caller)
+        forked = self._fork(caller) if self._may_fork() else None
         if forked == 0:
             return request
         for file in request.files:
@@ -151,6 +146,20 @@ class _Server:
             with suppress(OSError), caller:
                 caller.sendall(REFUSED)
         return None
+
+    def _may_fork(self) -> bool:
+        if self._installed is None:  # with the first: one that nobody asks costs nothing
+            _preload()
+            self._installed = _installed()
+            if _has_opened_cuda():
+                self._refuse("an import has opened CUDA, which no forked process could use")
+        if not self._refuses and _installed() != self._installed:
+            self._refuse("installed packages have changed; start the SuperNode again")
+        return not self._refuses
+
+    def _refuse(self, reason: str) -> None:
+        self._refuses = True
+        print(f"messages start slowly: {reason}", flush=True)
 
     def _fork(self, caller: socket.socket) -> int | None:
         """The new process's pid; 0 in it; None where there can be none."""
@@ -164,7 +173,12 @@ class _Server:
         if pid == 0:
             self._close(caller)
             return pid
-        child = _Child(pid, os.pidfd_open(pid), caller)
+        try:
+            child = _Child(pid, os.pidfd_open(pid), caller)
+        except OSError:  # too many files are open; the message must not run twice
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
         self._children.append(child)
         self._selector.register(child.process, selectors.EVENT_READ, child)
         self._selector.register(caller, selectors.EVENT_READ, child)
@@ -228,8 +242,17 @@ def _read(caller: socket.socket) -> _Request:
 
 def _installed() -> list[int]:
     """Changes when packages are installed or removed: what is in memory is old then."""
-    folders = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
-    return [folder.stat().st_mtime_ns for folder in folders]
+    folders = [Path(entry) for entry in sys.path]
+    return [each.stat().st_mtime_ns for each in folders if any(each.glob("*.dist-info"))]
+
+
+def _has_opened_cuda() -> bool:
+    """Whether this process has spoken to the driver, as not even a look at NVML does."""
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # that of the listing itself is closed by now
+            if str(file.readlink()).startswith("/dev/nvidia-uvm"):
+                return True
+    return False
 
 
 def _preload() -> None:
@@ -243,6 +266,7 @@ def _preload() -> None:
 
 
 def main() -> None:
+    os.close(os.pidfd_open(os.getpid()))  # what cannot be done here ends it before anybody asks
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen()

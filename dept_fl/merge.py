@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -80,15 +80,16 @@ def merged(
         step = max(1, at_once // max(rows.shape[1], 1))
         for start in range(0, len(rows), step):
             into = rows[start : start + step]
-            parts = [
-                _part(delta, source, name, range(start, start + len(into)), by_row)
+            at = range(start, start + len(into))
+            parts = (  # decoded when their turn comes: a mean holds one of them
+                _part(delta, source, name, at, by_row)
                 for delta, source in zip(deltas, sources, strict=True)
-            ]
+            )
             of_rows = held[start : start + step] if by_row else torch.tensor([float(len(deltas))])
             if outer.merge == "mean":
                 _mean(parts, of_rows.unsqueeze(1), into)
             else:
-                _trimmed_mean(parts, of_rows.unsqueeze(1), fraction, into)
+                _trimmed_mean(list(parts), of_rows.unsqueeze(1), fraction, into)
         yield name, result
 
 
@@ -102,7 +103,7 @@ def _part(delta: Delta, source: Encoded, name: str, rows: range, by_row: bool) -
     return _Part(source.rows(name, first, behind), places, delta.scale)
 
 
-def _mean(parts: Sequence[_Part], held: torch.Tensor, into: torch.Tensor) -> None:
+def _mean(parts: Iterable[_Part], held: torch.Tensor, into: torch.Tensor) -> None:
     """In fp32, one silo behind the other, over the silos that hold a row: `held`, [n or 1, 1]."""
     into.zero_()
     for part in parts:

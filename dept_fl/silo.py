@@ -593,7 +593,10 @@ class Silo:
         for name, delta in deltas.items():
             if name in lost:
                 delta += lost[name]
-            arrived = torch.empty_like(delta)
+            if delta.dim() < 2:  # travels as it is
+                sent[name] = delta
+                continue
+            arrived = torch.empty(delta.shape)
             sent[name] = encode(wire.up, delta, arrived)
             if wire.error_feedback:
                 kept[name] = delta.sub_(arrived).bfloat16()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,7 +70,7 @@ def keep_up(node: SuperNode, tell: Callable[[str], None]) -> None:
     while True:
         with (
             interrupted_by(ENDING, once=True),
-            quick_messages(environment, node.forks) as quick,
+            quick_messages(environment, tell) if node.forks else nullcontext(environment) as quick,
             serving(node.command(), quick) as process,
         ):
             trouble = _trouble(process)
@@ -87,27 +87,38 @@ def _trouble(process: subprocess.Popen[bytes]) -> str:
 
 @contextmanager
 def quick_messages(
-    environment: Mapping[str, str], forks: bool = True
+    environment: Mapping[str, str], tell: Callable[[str], None] = print
 ) -> Iterator[Mapping[str, str]]:
     """The environment of a SuperNode whose messages need not wait for imports.
 
-    A fork server serves them for as long as the block lasts (forkserver.py), on Linux alone.
-
-    Args:
-        forks: without, the environment stays as it is.
+    A fork server serves them for as long as the block lasts (forkserver.py). Where there can be
+    none, which is told, the environment stays as it is.
     """
+    with ExitStack() as ended:
+        yield _with_fork_server(environment, ended, tell)
+
+
+def _with_fork_server(
+    environment: Mapping[str, str], ended: ExitStack, tell: Callable[[str], None]
+) -> Mapping[str, str]:
     command = shutil.which(_CLIENT_APP, path=environment["PATH"])
-    if not (forks and command and sys.platform == "linux"):
-        yield environment
-        return
-    # Not in the silo's home: the name of a socket has a hundred characters at most.
-    with TemporaryDirectory(prefix="dept-") as name:
+    if command is None or sys.platform != "linux":
+        return environment
+    try:
+        # Not in the silo's home: the name of a socket has a hundred characters at most.
+        name = ended.enter_context(TemporaryDirectory(prefix="dept-"))
         socket, stand_in = Path(name) / "socket", Path(name) / _CLIENT_APP
         words = [sys.executable, "-IS", str(PACKAGE / "forkclient.py"), str(socket), command]
         stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
         stand_in.chmod(0o700)
-        server = [sys.executable, "-P", str(PACKAGE / "forkserver.py"), str(socket)]
-        with serving(server, environment) as process:
-            while not socket.exists() and process.poll() is None:
-                time.sleep(0.01)
-            yield {**environment, "PATH": os.pathsep.join([name, environment["PATH"]])}
+    except OSError as error:
+        tell(f"messages start slowly: no fork server ({error})")
+        return environment
+    server = [sys.executable, "-P", str(PACKAGE / "forkserver.py"), str(socket)]
+    process = ended.enter_context(serving(server, environment))
+    while not socket.exists():
+        if process.poll() is not None:
+            tell(f"messages start slowly: the fork server ended ({process.returncode})")
+            return environment
+        time.sleep(0.01)
+    return {**environment, "PATH": os.pathsep.join([name, environment["PATH"]])}

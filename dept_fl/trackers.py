@@ -292,7 +292,7 @@ class _Follower:
         missing, and nothing is there twice.
 
         Raises:
-            TimeoutError: all of it takes longer than _PATIENCE_S, for which the round waits.
+            TimeoutError: all of it takes longer than _PATIENCE_S, for which replies wait.
         """
         due = monotonic() + _PATIENCE_S
         figures, notes = self._new_figures(events), self._new_notes(events)

@@ -26,6 +26,7 @@ from tests.deployment import (
     Federation,
     free_port,
     needs_nginx,
+    processes_of,
     wait_until,
 )
 from tests.federation import same
@@ -149,6 +150,39 @@ def test_a_deployment_in_process_isolation_gives_the_bits_of_the_plain_algorithm
     assert under_prefix("embeddings", tensors) == {}
 
 
+@needs_nginx
+def test_forked_messages_give_the_bits_of_the_plain_algorithm(opened: Opens, tmp_path: Path):
+    """As `dept silo start` has them; one of the silos trains in two processes."""
+    federation = opened(secure=True)
+    federation.superlink()
+    recipe = recipe_file(tmp_path, rounds=2, min_silos=2, round_timeout_s=240)
+    files = {"ant": silo_file(tmp_path, "ant", 320), "bee": silo_file(tmp_path, "bee", 330)}
+    with files["bee"].open("a") as more:
+        more.write("processes: 2\ndevice: cpu\n")
+    nodes = {}
+    for silo, file in files.items():
+        federation.register(silo)
+        command = ["dept", "silo", "start", file, "--key", federation.key(silo)]
+        command += ["--superlink", f"localhost:{federation.port}"]
+        command += ["--root-certificates", federation.ca_file, "--", "--port", free_port()]
+        nodes[silo] = federation.start(silo, *map(str, command))
+    submitted = submit(federation, recipe, tmp_path / "run")
+    submitted.wait_for_exit(400)
+    assert status_of_run(federation) == "finished:completed", submitted.output
+    servers = [p for p in processes_of(tmp_path) if "forkserver.py" in " ".join(p.cmdline())]
+    assert len(servers) == 2
+    for each in servers:  # both were asked, or they would have imported nothing
+        assert any("libtorch" in mapped.path for mapped in each.memory_maps())
+    for silo, node in nodes.items():
+        assert f"silo {silo}: train" in node.output
+    tensors, _ = load_state(round_folder(tmp_path / "run" / "checkpoints", 2))
+    assert same(under_prefix("body", tensors), plain(recipe, files).body)
+    for node in nodes.values():
+        node.process.send_signal(signal.SIGTERM)
+        assert node.wait_for_exit(60) == 0, node.output
+    assert [p for p in processes_of(tmp_path) if "forkserver.py" in " ".join(p.cmdline())] == []
+
+
 def superexec(federation: Federation, name: str, port: int) -> Component:
     command = ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
     return federation.start(f"superexec-{name}", *command)
@@ -187,8 +221,8 @@ def test_a_silo_that_works_past_the_deadline_ends_itself(opened: Opens, tmp_path
 
 
 def test_what_a_silo_sends_is_what_the_ledger_says(tmp_path: Path):
-    captures, ledger = captured_run(tmp_path, rounds=1)
-    rows = compare(captures, ledger)
+    captures, ledger, body_bytes = captured_run(tmp_path, rounds=1)
+    rows = compare(captures, ledger, body_bytes)
     assert len(rows) == 2
     assert all(map(agrees, rows))
     pieces = captures["ant"].objects.values()

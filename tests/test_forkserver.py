@@ -15,7 +15,7 @@ import pytest
 
 from dept_fl import forkserver
 from dept_fl.supernode import quick_messages
-from tests.deployment import processes_of, wait_until
+from tests.deployment import SCRIPTS, processes_of, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
 
@@ -114,11 +114,13 @@ def test_installed_packages_that_changed_are_not_run_from_memory(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     site = tmp_path / "site"
-    site.mkdir()
+    (site / "one.dist-info").mkdir(parents=True)
     # As a file beside the fork server, which is run by its path.
     script = tmp_path / "forkserver.py"
     code = Path(forkserver.__file__).read_text()
-    changed = code.replace("Path(sysconfig.get_path(name))", f"Path({str(site)!r})")
+    changed = code.replace(
+        "Path(entry) for entry in sys.path", f"Path(entry) for entry in [{str(site)!r}]"
+    )
     assert changed != code
     script.write_text(changed.replace("importlib.import_module(name)", "pass"))
     (tmp_path / "forkclient.py").write_text(
@@ -161,9 +163,24 @@ print(*(n for n in sys.modules if n not in before and n.startswith(("torch.", "t
     assert done.stdout.split() == []
 
 
-def test_without_it_the_environment_stays_as_it_is():
-    environment = {"PATH": os.environ["PATH"]}
-    with quick_messages(environment, forks=False) as same:
-        assert same is environment
+def test_without_it_the_environment_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    environment = {"PATH": str(SCRIPTS)}
     with quick_messages({"PATH": "/nowhere"}) as same:
         assert same == {"PATH": "/nowhere"}
+    told: list[str] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with quick_messages(environment, told.append) as same:
+        assert same is environment
+    assert len(told) == 1 and "no fork server" in told[0]
+
+
+def test_a_fork_server_that_cannot_be_is_told(home: Path, monkeypatch: pytest.MonkeyPatch):
+    long = home / ("x" * 120)  # longer than the name of a socket may be
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    told: list[str] = []
+    path = f"{home}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    with quick_messages(environment, told.append) as same:
+        assert same is environment
+    assert told == ["messages start slowly: the fork server ended (1)"]

@@ -57,6 +57,31 @@ def test_what_the_codec_lost_is_added_to_the_next_delta_by_hand(recipe: Make, ho
     assert float(lost["w"][0, 1]) == pytest.approx(4 * 0.3 - 1, rel=2**-7)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("feedback", ["true", "false"])
+def test_what_is_sent_is_the_delta_up_to_rounding(
+    recipe: Make, home: Path, codec: str, feedback: str
+):
+    """Vectors (norms, biases) to the bit, whether losses are kept or not."""
+    silo = Silo("ant", recipe(f"wire.up={codec} wire.error_feedback={feedback}"), home, "a" * 12)
+    delta = {"w": torch.tensor([[7.0, -2.0]]), "b": torch.tensor([0.3, -0.7])}
+    for _ in range(2):
+        sent, _ = silo._as_sent({n: t.clone() for n, t in delta.items()}, {})
+        assert torch.equal(sent["b"], delta["b"])
+        torch.testing.assert_close(sent["w"], delta["w"], rtol=0.01, atol=0.0)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_norms_are_federated_with_every_codec(recipe: Make, home: Path, codec: str):
+    server, silos = start(recipe(f"wire.up={codec}"), home)
+    begun = {n: t.clone() for n, t in server.body.items() if t.dim() == 1}
+    assert begun
+    updates = train_round(server, silos)
+    for name, tensor in begun.items():
+        assert all(bool(update.body[name].any()) for update in updates.values())
+        assert not torch.equal(server.body[name], tensor)
+
+
 def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path):
     """The same round from the same state, with and without the losses it holds."""
     server, silos = start(recipe("wire.up=int4"), home)
@@ -64,7 +89,7 @@ def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path
     ant, task = silos["ant"], server.task("ant")
     folder = round_folder(ant._states, 1)
     lost = ant._state(1).lost
-    assert lost.keys() == server.body.keys()
+    assert lost.keys() == {n for n, t in server.body.items() if t.dim() > 1}
     with_them = ant.train(task).body
     kept = ant._state(2).lost
     tensors, meta = load_state(folder)
@@ -73,8 +98,10 @@ def test_what_was_lost_in_a_round_is_in_the_next_update(recipe: Make, home: Path
     without = ant.train(task).body
     assert not same(with_them, without)
     for name, tensor in with_them.items():  # sent + kept = delta + lost
-        delta = without[name] + ant._state(2).lost[name]
-        torch.testing.assert_close(tensor + kept[name], delta + lost[name])
+        nothing = torch.zeros_like(tensor)  # of vectors
+        delta = without[name] + ant._state(2).lost.get(name, nothing)
+        before = lost.get(name, nothing)
+        torch.testing.assert_close(tensor + kept.get(name, nothing), delta + before)
 
 
 def test_what_a_damaged_state_had_lost_is_not_sent_twice(recipe: Make, home: Path):
