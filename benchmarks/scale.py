@@ -199,11 +199,14 @@ def plot(rows: list[Event], file: Path) -> None:
         for i, (label, colour) in enumerate((("server", "#D55E00"), ("worker", "#009E73"))):
             y = [megabytes(row)[i] for row in chosen]
             lower.plot(x, y, marker=".", color=colour, label=label)
+        lower.set_xscale("log")  # of both, which share it
+        ticks = [f"{each / 1e6:.2g} M" if key == "body_parameters" else f"{each:,}" for each in x]
+        lower.set_xticks(x, ticks)
+        lower.set_xticks([], minor=True)
         lower.set(xlabel=key.replace("_", " "))
     axes[0, 0].set(ylabel="seconds a round")
     axes[1, 0].set(ylabel="peak MB of one process")
     for each in axes.flat:
-        each.set_xscale("log")
         each.set_ylim(bottom=0)
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
