@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -92,6 +94,26 @@ def test_several_run_side_by_side_and_signals_reach_the_right_one(
     wait_until(lambda: not psutil.pid_exists(pids[2]), 30)
     for each in started:
         each.communicate()
+
+
+@pytest.mark.parametrize(
+    "noise", [b"", b"\0", b"\xff" * 4, b"\0\0\0\2[]", b"\0\0\0\2{}", b"\0\0\0\3{}"]
+)
+@pytest.mark.parametrize("files", [[], [0, 1, 2]])
+def test_what_is_no_request_does_not_end_it(
+    quick: Mapping[str, str], tmp_path: Path, noise: bytes, files: list[int]
+):
+    address = quick["PATH"].partition(os.pathsep)[0] + "/socket"
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(address)
+        if noise:
+            socket.send_fds(caller, [noise], files)
+        caller.shutdown(socket.SHUT_WR)
+        caller.settimeout(30)
+        with suppress(ConnectionResetError):  # where it did not read to the end
+            assert caller.recv(1) == b""
+    process = start(quick, folder=tmp_path)
+    assert json.loads(process.communicate(timeout=120)[0])["loaded"]
 
 
 def test_where_the_fork_server_is_killed_messages_start_by_themselves(home: Path, tmp_path: Path):
