@@ -97,7 +97,6 @@ def test_the_bill_by_hand(recipe: Make, tmp_path: Path):
     made = recipe("variant=trim tokenizer=shared only=[ant]")
     shares = bill(made, vocabularies(made, tmp_path, {"shared": 320, "ant": 100}))
     body = 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
-    arrays = 2 * 9 + 1
     assert [share.method for share in shares] == list(METHODS)
     std, _, trim, spec, spec_opt = shares
     assert [s.parameters.total - body for s in shares] == [
@@ -106,8 +105,8 @@ def test_the_bill_by_hand(recipe: Make, tmp_path: Path):
     assert std.sent_a_step == body + 16 * 320
     assert trim.sent_a_step == (body + 16 * 100) / 2  # of 2 local steps
     assert std.up_bytes == 2 * 4 * (body + 16 * 320)
-    assert trim.up_bytes == 4 * (body + 16 * 100) + 128 * (arrays + 1)
-    assert spec.up_bytes == spec_opt.down_bytes == 4 * body + 128 * arrays
+    assert trim.up_bytes == 4 * (body + 16 * 100) + 128 * 2
+    assert spec.up_bytes == spec_opt.down_bytes == 4 * body + 128
     assert trim.memory.optimizer == 8 * (body + 16 * 100)
     assert trim.memory.logits == 4 * (4 * 16) * 100  # fewer tokens than a slice
 

@@ -196,7 +196,7 @@ def test_bytes_are_those_of_the_formula_and_half_as_many(recipe: Make, home: Pat
     for kind in ("parts", "whole"):
         rows = [e for e in Ledger(tmp_path / kind).read() if e["event"] == "silo_train"]
         up[kind] = [e["bytes_up_body"] for e in rows if e["silo"] == "ant"]
-    assert up["parts"][0] + up["parts"][1] == up["whole"][0]
+    assert up["parts"][0] + up["parts"][1] == up["whole"][0] + 128  # of a second array
     assert up["parts"][3] == up["whole"][3]  # the last round
 
 
@@ -249,5 +249,6 @@ def test_of_a_damaged_state_what_was_not_sent_since_is_still_owed(recipe: Make, 
     file = round_folder(ant._states, 3) / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     owed = ant._state(3).lost
-    assert owed.keys() == server.layout.fragments(2)[1].keys()
+    second = server.layout.fragments(2)[1]
+    assert owed.keys() == {name for name, shape in second.items() if len(shape) > 1}
     assert same(owed, {name: before[name] for name in owed})
