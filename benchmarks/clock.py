@@ -264,7 +264,7 @@ def row(
     wire: str, size: Size, shapes: Shapes, rounds: list[Event], memory: dict[str, int]
 ) -> Event:
     """The medians of a run's rounds but the first, with what was measured of it all."""
-    kept = rounds[1:]
+    kept = [{**each, "rest_s": each["seconds"] - each["step_s"]} for each in rounds[1:]]
     return {
         "wire": wire,
         "silos": size.silos,
@@ -350,7 +350,7 @@ def table(rows: list[Event]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        rest = (r["seconds"] - r["step_s"]) / plain
+        rest = r["rest_s"] / plain
         lines.append(
             f"| {r['wire']} | {r['seconds']:.1f} | {r['step_s']:.1f} | {rest:.2f} | "
             f"{r['up'] / 1e6:.1f} | {r['down'] / 1e6:.1f} | {r['superlink_bytes'] / 1e9:.2f} | "

@@ -22,6 +22,7 @@ _SIGNALLED = 128  # what a shell adds to a signal's number
 
 def main() -> None:
     address, *command = sys.argv[1:]
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until it is known whom they are for
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(address)
@@ -30,6 +31,7 @@ def main() -> None:
             forked = False
         if forked:
             sys.exit(_follow(server))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     os.execv(command[0], command)
 
 
@@ -49,6 +51,7 @@ def _follow(server: socket.socket) -> int:
     """Pass signals on to the forked process; its exit status."""
     for each in _PASSED_ON:
         signal.signal(each, lambda number, _: server.sendall(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     told = server.recv(_EXIT_CODE.size)
     if not told:  # the fork server was killed; what it forked goes on by itself
         return 1

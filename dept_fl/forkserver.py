@@ -182,8 +182,10 @@ class _Server:
         self._children.append(child)
         self._selector.register(child.process, selectors.EVENT_READ, child)
         self._selector.register(caller, selectors.EVENT_READ, child)
-        with suppress(OSError):  # the caller's end is heard of next
+        try:
             caller.sendall(FORKED)
+        except OSError:  # it has given up, and may have started the message by itself
+            signal.pidfd_send_signal(child.process, signal.SIGKILL)
         return pid
 
     def _close(self, caller: socket.socket) -> None:

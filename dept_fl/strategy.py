@@ -58,7 +58,7 @@ class DeptStrategy(Strategy):
         self._ledger = Ledger(run_dir)
         self._screen = Screen()
         self._round_s: list[float] = []
-        self._push_s = self._wait_s = 0.0
+        self._push_s = self._wait_s = self._save_s = 0.0
         self._unsaved = False  # whether a round is done that has no checkpoint
         self._whole_in: dict[str, int] = {}  # by silo, the last round for which it wanted all
         self._sent: dict[str, Event] = {}  # by silo, what of its task goes into the ledger
@@ -172,7 +172,7 @@ class DeptStrategy(Strategy):
 
     def _run_round(self, grid: Grid) -> None:
         """One round: silos whose update was not accepted are asked again while the quorum lacks."""
-        began = time.monotonic()
+        began, self._save_s = time.monotonic(), 0.0
         self._merge, self._rows = self._server.open_round(self._empty_spool()), []
         self._members.during = self._merge.round
         for attempt in range(self._recipe.round_attempts):
@@ -214,19 +214,21 @@ class DeptStrategy(Strategy):
         if self._merge.missing:
             self._screen.line(f"  without {', '.join(self._merge.missing)}")
 
-    def _save(self) -> None:
-        """Write the checkpoint of the last round, if it has none.
+    def _save(self) -> float:
+        """Write the checkpoint of the last round, if it has none; the seconds that it took.
 
         That is once the silos have the next task, so that they do not wait for the server's disk.
         What a silo keeps reaches a round further back (`Server.task`).
         """
-        if self._unsaved:
-            self._unsaved = False
-            began = time.monotonic()
-            self._server.save(self._run_dir)
-            seconds = time.monotonic() - began
-            self._ledger.write("checkpoint", round=self._server.round, save_s=seconds)
-            self._trackers.follow()
+        if not self._unsaved:
+            return 0.0
+        self._unsaved = False
+        began = time.monotonic()
+        self._server.save(self._run_dir)
+        seconds = time.monotonic() - began
+        self._ledger.write("checkpoint", round=self._server.round, save_s=seconds)
+        self._trackers.follow()
+        return time.monotonic() - began
 
     def _keep_if_best(self, evaluated: int) -> None:
         """Of the round whose body was evaluated last, in GLOB and TRIM, whose server has a model.
@@ -258,6 +260,7 @@ class DeptStrategy(Strategy):
             merged=self._merge.merged,
             push_s=self._push_s,
             wait_s=self._wait_s,
+            save_s=self._save_s,  # of the round before
             outer_s=merge_s,
             seconds=seconds,
         )
@@ -433,9 +436,8 @@ class DeptStrategy(Strategy):
         while task.waiting and time.monotonic() < task.until:
             self._members.look()
             self._ask(grid, task, most=1 if enough(0.0) else _ASKED_AT_MOST)
-            saving = time.monotonic()
-            self._save()
-            task.busy_s += time.monotonic() - saving
+            self._save_s += (saving_s := self._save())
+            task.busy_s += saving_s
             yield from self._take(grid, task)
             if self._is_over(task, enough):
                 break

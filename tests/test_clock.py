@@ -61,16 +61,16 @@ def test_the_rest_of_a_round_is_told_as_a_share_of_fedavgs():
     common |= {"superlink_bytes": 2 * 10**9, "serverapp_bytes": 10**9}
     parts = dict.fromkeys(("push_s", "silo_s", "fetch_s", "check_s", "outer_s", "save_s"), 1.0)
     rows: list[Event] = [
-        {**common, "wire": FEDAVG, "seconds": 80.0, "step_s": 0.0},
-        {**common, "wire": "int4", "seconds": 22.0, "step_s": 2.0, **parts},
+        {**common, "wire": FEDAVG, "seconds": 80.0, "step_s": 0.0, "rest_s": 80.0},
+        {**common, "wire": "int4", "seconds": 22.0, "step_s": 2.0, "rest_s": 20.0, **parts},
     ]
     assert "| int4 | 22.0 | 2.0 | 0.25 |" in table(rows)
 
 
 def test_the_first_round_is_left_out_and_the_rest_told_by_their_median():
     rounds: list[Event] = [
-        {"seconds": seconds, "up": 10, "down": down}
-        for seconds, down in ((90.0, 80), (3.0, 20), (7.0, 20), (4.0, 20))
+        {"seconds": seconds, "step_s": step, "up": 10, "down": down}
+        for seconds, step, down in ((90.0, 9.0, 80), (3.0, 2.0, 20), (7.0, 1.0, 20), (4.0, 0.5, 20))
     ]
     size = Size.of(3e6, silos=2, rounds=4)
     found = row("int4", size, {"a": (2, 3), "b": (5,)}, rounds, {"superlink": 1, "serverapp": 2})
@@ -79,6 +79,8 @@ def test_the_first_round_is_left_out_and_the_rest_told_by_their_median():
         "silos": 2,
         "parameters": 11,
         "seconds": 4.0,
+        "step_s": 1.0,
+        "rest_s": 3.5,  # of 1, 6 and 3.5
         "up": 10,
         "down": 20,
         "superlink_bytes": 1,

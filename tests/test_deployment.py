@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+import psutil
 import pytest
 import yaml
 
@@ -169,18 +171,28 @@ def test_forked_messages_give_the_bits_of_the_plain_algorithm(opened: Opens, tmp
     submitted = submit(federation, recipe, tmp_path / "run")
     submitted.wait_for_exit(400)
     assert status_of_run(federation) == "finished:completed", submitted.output
-    servers = [p for p in processes_of(tmp_path) if "forkserver.py" in " ".join(p.cmdline())]
-    assert len(servers) == 2
-    for each in servers:  # both were asked, or they would have imported nothing
+    # A message's process that is just ending has the fork server's command line.
+    wait_until(lambda: len(fork_servers(tmp_path)) == 2, 60)
+    for each in fork_servers(tmp_path):  # both were asked, or they would have imported nothing
         assert any("libtorch" in mapped.path for mapped in each.memory_maps())
     for silo, node in nodes.items():
         assert f"silo {silo}: train" in node.output
+        assert "messages start slowly" not in node.output
     tensors, _ = load_state(round_folder(tmp_path / "run" / "checkpoints", 2))
     assert same(under_prefix("body", tensors), plain(recipe, files).body)
     for node in nodes.values():
         node.process.send_signal(signal.SIGTERM)
         assert node.wait_for_exit(60) == 0, node.output
-    assert [p for p in processes_of(tmp_path) if "forkserver.py" in " ".join(p.cmdline())] == []
+    assert fork_servers(tmp_path) == []
+
+
+def fork_servers(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in processes_of(folder):
+        with suppress(psutil.Error):  # it has just ended
+            if "forkserver.py" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def superexec(federation: Federation, name: str, port: int) -> Component:

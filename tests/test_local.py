@@ -44,7 +44,8 @@ with subprocess.Popen(child, stdout=subprocess.PIPE, start_new_session=True) as 
 # As Ray does: a leader of a session, and a process in it whose own parent has just ended.
 LEAVES_AN_ORPHAN = """
 import subprocess, time
-leader = ["sh", "-c", "(sleep 600 & echo $!); exec sleep 600"]
+orphan = "orphan=$( (sleep 600 > /dev/null 2>&1 & echo $!) )"  # its parent is gone behind this
+leader = ["sh", "-c", f"{orphan}; echo $orphan; exec sleep 600"]
 with subprocess.Popen(leader, stdout=subprocess.PIPE, start_new_session=True) as started:
     print(int(started.stdout.readline()), flush=True)
     time.sleep(600)

@@ -161,6 +161,13 @@ def test_bytes_and_seconds_are_by_part_and_round(facts: Facts):
     }  # fmt: skip
 
 
+def test_a_checkpoint_within_the_next_round_counts_once(tmp_path: Path):
+    rounds = [{**e, "save_s": 0.75} if e["event"] == "round" else e for e in LEDGER]
+    made = gather(write(tmp_path, *rounds), now=2001.0)
+    assert made.server_s["save"] == {1: 0.75, 2: 0.75}
+    assert made.server_s["take in replies"] == {1: 0.75, 2: 0.75}
+
+
 def test_a_row_for_each_silo(facts: Facts):
     ant, bee = facts.silos
     assert (ant.status.silo, ant.rounds, ant.loss, ant.perplexity) == ("ant", 2, 3.0, 40.0)

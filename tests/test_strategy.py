@@ -12,10 +12,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 
 from dept_fl import records
+from dept_fl.checkpoint import rounds_on_disk
 from dept_fl.config import Recipe
 from dept_fl.errors import DeptError
 from dept_fl.report import Ledger
 from dept_fl.rounds import Server, pretrain
+from dept_fl.silo import Silo
 from tests.conftest import write_text
 from tests.federation import (
     ALL_VARIANTS,
@@ -193,6 +195,34 @@ def test_killed_and_resumed_equals_unbroken(
     assert trained_rounds == [(t, s) for t in range(1, 5) for s in ("ant", "bee", "cat")]
     evaluated = sorted((e["round"], e["silo"]) for e in events if e["event"] == "silo_eval")
     assert evaluated == [(t, s) for t in range(5) for s in ("ant", "bee", "cat")]
+
+
+@every_variant
+def test_killed_before_the_checkpoint_of_a_merged_round_equals_unbroken(
+    recipe: Make, home: Path, tmp_path: Path, settings: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The silos are at round 3 by then; the server goes on behind round 1."""
+    made = recipe(settings)
+    unbroken = state_of(*trained(made, home))
+    save = Server.save
+
+    def killed(server: Server, run_dir: Path) -> None:
+        if server.round == 2:
+            raise Killed
+        save(server, run_dir)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Server, "save", killed)
+        run(made, home, tmp_path)
+    assert rounds_on_disk(tmp_path / "checkpoints")[-1] == 1
+    silos = [Silo(n, made, home, experiment_of(tmp_path)) for n in ("ant", "bee", "cat")]
+    assert all(rounds_on_disk(silo._states)[-1] == 3 for silo in silos)
+    server, _ = run(made, home, tmp_path, resume=True)
+    assert same(state_of(server, silos_of(server, home)), unbroken)
+
+
+def experiment_of(run_dir: Path) -> str:
+    return str(next(e for e in Ledger(run_dir).read() if e["event"] == "plan")["experiment"])
 
 
 def kill_in_round(round_: int) -> Tamper:

@@ -53,8 +53,10 @@ _SILO_S = {
     "transfer": "transfer_s",
     "check": "merge_s",
 }
-_ROUND_S = {"send": "push_s", "wait for silos": "wait_s", "merge, outer step": "outer_s"}
 _REST, _SAVE = "take in replies", "save"
+_ROUND_S = {
+    "send": "push_s", "wait for silos": "wait_s", "merge, outer step": "outer_s", _SAVE: "save_s"
+}  # fmt: skip
 _SERVER_S = ("send", "wait for silos", _REST, "merge, outer step", _SAVE)  # as they come
 
 
@@ -291,10 +293,11 @@ def _server_s(events: list[Event]) -> dict[str, Curve]:
         if known:
             rest = event["seconds"] - sum(known.values())
             seconds[_REST][event["round"]] = max(0.0, rest)
-    for event in _of(events, "checkpoint"):
-        saved = number(event, "save_s")
-        if saved is not None and "round" in event:
-            seconds[_SAVE][event["round"]] = saved
+    if not seconds[_SAVE]:  # of a version that saved behind each round
+        for event in _of(events, "checkpoint"):
+            saved = number(event, "save_s")
+            if saved is not None and "round" in event:
+                seconds[_SAVE][event["round"]] = saved
     return _without_nothing(seconds)
 
 
