@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 _BLOCK = 64  # numbers that share a scale
 _SCALE_BYTES = 2  # bf16
-_ALIGNED = 8  # bytes: of tensors in one piece each begins where any dtype may
+ALIGNED = 8  # bytes: where numbers of any dtype may begin, so each of several tensors in one piece
 _CHUNK_NUMBERS = 1 << 18  # of a tensor at a time, so that the steps in between stay in the cache
 
 
@@ -194,6 +194,11 @@ def _of(name: str, shape: Shape) -> Codec:
     return _CODECS[name] if len(shape) > 1 else _CODECS["fp32"]
 
 
+def is_exact(codec: str, shape: Shape) -> bool:
+    """Whether a tensor of this shape travels as it is: `encode` gives the same memory back."""
+    return _of(codec, shape) is _CODECS["fp32"]
+
+
 def form(codec: str, shape: Shape) -> Form:
     """How a tensor of this shape lies on the wire."""
     return _of(codec, shape).form(shape)
@@ -261,7 +266,7 @@ class Encoded(Mapping[str, torch.Tensor]):
         for name in sorted(self):
             numbers = self.tensors[name].contiguous().numpy().reshape(-1).view(np.uint8)
             yield numbers.data
-            yield bytes(-len(numbers) % _ALIGNED)
+            yield bytes(_filled(len(numbers)) - len(numbers))
 
     @classmethod
     def unpacked(cls, codec: str, packed: torch.Tensor, shapes: Mapping[str, Shape]) -> Encoded:
@@ -271,14 +276,17 @@ class Encoded(Mapping[str, torch.Tensor]):
             lies = form(codec, shapes[name])
             own = packed[start : start + lies.bytes]
             tensors[name] = own.view(lies.dtype).view(lies.shape)
-            start += lies.bytes + -lies.bytes % _ALIGNED
+            start += _filled(lies.bytes)
         return cls(codec, tensors, shapes)
 
 
 def packed_bytes(codec: str, shapes: Mapping[str, Shape]) -> int:
     """Of encoded tensors one behind the other, each of which begins at a multiple of 8."""
-    sizes = [form(codec, shape).bytes for shape in shapes.values()]
-    return sum(size + -size % _ALIGNED for size in sizes)
+    return sum(_filled(form(codec, shape).bytes) for shape in shapes.values())
+
+
+def _filled(size: int) -> int:
+    return size + -size % ALIGNED
 
 
 def encoded(tensors: Mapping[str, torch.Tensor]) -> Encoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -22,24 +23,27 @@ def interrupted_by(signals: Iterable[signal.Signals], once: bool = False) -> Ite
             ignore(before)
         raise KeyboardInterrupt
 
-    before = {each: signal.getsignal(each) for each in signals}
-    for each, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as `nohup` leaves it
-            signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
+    with _restored(signals) as before:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            if handler is not signal.SIG_IGN:  # as `nohup` leaves it
+                signal.signal(each, interrupt)
+        yield
 
 
 @contextmanager
 def ignored(signals: Iterable[signal.Signals]) -> Iterator[None]:
     """None of these signals is heard in the block."""
-    before = {each: signal.getsignal(each) for each in signals}
-    ignore(before)
-    try:
+    with _restored(signals) as before:
+        ignore(before)
         yield
+
+
+@contextmanager
+def _restored(signals: Iterable[signal.Signals]) -> Iterator[dict[signal.Signals, Any]]:
+    """Yields the signals' handlers, which they have again behind the block."""
+    before = {each: signal.getsignal(each) for each in signals}
+    try:
+        yield before
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

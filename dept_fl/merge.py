@@ -70,7 +70,6 @@ def merged(
         names and fp32 tensors of `shapes`.
     """
     memory = torch.empty(max((prod(shape) for shape in shapes.values()), default=0))
-    sources = [encoded(delta.tensors) for delta in deltas]
     at_once = _CHUNK_NUMBERS // (1 if outer.merge == "mean" else len(deltas))
     # The median is the mean of the middle one or two: trimmed as far as it goes.
     fraction = 0.5 if outer.merge == "median" else outer.trim_fraction
@@ -81,10 +80,8 @@ def merged(
         for start in range(0, len(rows), step):
             into = rows[start : start + step]
             at = range(start, start + len(into))
-            parts = (  # decoded when their turn comes: a mean holds one of them
-                _part(delta, source, name, at, by_row)
-                for delta, source in zip(deltas, sources, strict=True)
-            )
+            # Decoded when their turn comes: a mean holds one of them.
+            parts = (_part(delta, name, at, by_row) for delta in deltas)
             of_rows = held[start : start + step] if by_row else torch.tensor([float(len(deltas))])
             if outer.merge == "mean":
                 _mean(parts, of_rows.unsqueeze(1), into)
@@ -93,8 +90,9 @@ def merged(
         yield name, result
 
 
-def _part(delta: Delta, source: Encoded, name: str, rows: range, by_row: bool) -> _Part:
+def _part(delta: Delta, name: str, rows: range, by_row: bool) -> _Part:
     """What a silo has of some rows."""
+    source = encoded(delta.tensors)
     if delta.rows is None or not by_row:
         return _Part(source.rows(name, rows.start, rows.stop), None, delta.scale)
     ends = torch.tensor([rows.start, rows.stop])

@@ -30,7 +30,7 @@ import xxhash
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from dept_fl.checkpoint import Tensors
-from dept_fl.codec import Encoded, encoded, packed_bytes
+from dept_fl.codec import ALIGNED, Encoded, encoded, packed_bytes
 from dept_fl.config import SILO_NAME, Recipe, recipe_from_json
 from dept_fl.errors import BadUpdate, DeptError, NeedsWhole
 from dept_fl.silo import Change, Registration, Silo, Task, Update
@@ -45,7 +45,6 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{0,64}")
 _INT64_BYTES = 8
 _FACTS_BYTES = 1 << 20  # of all in a reply that is not an array
 _ARRAY_BYTES = 4096  # of an array that is not its numbers
-_ALIGNED = 8  # bytes: where the numbers of an array of any dtype may begin; numpy takes 64
 _MOST_ARRAYS = 2  # in a reply: those of the body and of the embeddings
 _COUNTS = (
     "vocabulary",
@@ -144,7 +143,7 @@ def _view(name: str, array: Array) -> npt.NDArray[Any]:
         size = math.prod(shape)
         if fortran or len(array.data) - stream.tell() != size * dtype.itemsize or dtype.hasobject:
             raise ValueError("its length does not fit its header")
-        if stream.tell() % _ALIGNED:
+        if stream.tell() % ALIGNED:  # numpy takes 64
             raise ValueError("its numbers begin at an odd place")
         return np.frombuffer(array.data, dtype, size, stream.tell()).reshape(shape)
     except Exception as error:  # hostile bytes; numpy's header parser raises what it likes

@@ -33,7 +33,7 @@ from dept_fl.checkpoint import (
     with_prefix,
     write_whole,
 )
-from dept_fl.codec import Encoded, encode, encoded
+from dept_fl.codec import Encoded, encode, encoded, is_exact
 from dept_fl.config import InnerConfig, Recipe, SiloConfig
 from dept_fl.data import (
     Batches,
@@ -593,7 +593,7 @@ class Silo:
         for name, delta in deltas.items():
             if name in lost:
                 delta += lost[name]
-            if delta.dim() < 2:  # travels as it is
+            if is_exact(wire.up, tuple(delta.shape)):
                 sent[name] = delta
                 continue
             arrived = torch.empty(delta.shape)
