@@ -1,13 +1,14 @@
 """Seconds, bytes and memory of a round over a real deployment, beside Flower's FedAvg.
 
 python -m benchmarks.clock [--parameters 100e6] [--silos 4] [--rounds 3]
-                           [--wires fp32,bf16,int8,int4] [--nvflare PYTHON]
+                           [--wires fp32/fp32,int8/int8,int4/int8,int4/int4]
+                           [--nvflare PYTHON]
                            [--json FILE] [--quick]
 
 A SuperLink and SuperNodes on loopback, all on this machine. First FedAvg, with clients that send
 back what arrives plus a number for each array: without and with the libraries that a client loads
 which trains a language model, since each message has a process of its own. Then this project's app
-with each codec, with silos that train one step on one short sequence, so that the body's size
+with codecs up/down, with silos that train one step on one short sequence, so that the body's size
 dominates. Rounds are timed where the server app runs, from one merged body to the next, with a
 checkpoint of each; the first of a run is left out, since it sends the body whole. Training
 (evaluation, too) is told apart. SuperNodes of this project's app start as `dept silo start` starts
@@ -42,7 +43,7 @@ import psutil
 from benchmarks import nvflare_peer
 from benchmarks.processes import partners_own, server_peaks
 from benchmarks.round_overhead import cores
-from dept_fl.config import load_recipe
+from dept_fl.config import CODECS, load_recipe
 from dept_fl.jobs import about
 from dept_fl.model import layout
 from dept_fl.report import Event, Ledger
@@ -51,8 +52,8 @@ from tests.deployment import CONNECTION, Federation
 
 ROOT = Path(__file__).resolve().parents[1]
 FEDAVG, LOADED = "FedAvg", "FedAvg, libraries loaded"
-# The downlink's codec by the uplink's: 4 bits are for deltas that come with error feedback.
-DOWN = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}
+PLAIN = "fp32/fp32"  # codecs up and down
+WIRES = f"{PLAIN},bf16/bf16,int8/int8,int4/int8,int4/int4"
 Shapes = dict[str, tuple[int, ...]]
 _STEP = ("evaluate_s", "train_s")
 _AROUND = ("load_s", "settle_s", "encode_s", "save_s")
@@ -187,7 +188,8 @@ class Size:
     def recipe(self, wire: str) -> str:
         facts = {"width": self.width, "layers": self.layers, "inner": self.inner_of(self.width)}
         run = {"silos": self.silos, "rounds": self.rounds}
-        return RECIPE.format(**facts, **run, up=wire, down=DOWN[wire])
+        up, _, down = wire.partition("/")
+        return RECIPE.format(**facts, **run, up=up, down=down)
 
 
 def main() -> None:
@@ -195,15 +197,18 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=100e6, help="of the body")
     parser.add_argument("--silos", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="2 or more; the first is left out")
-    parser.add_argument("--wires", default=",".join(DOWN), help=f"of {', '.join(DOWN)}")
+    parser.add_argument("--wires", default=WIRES, help="codecs UP/DOWN, with commas between")
     parser.add_argument("--nvflare", type=Path, help="Python of an environment with NVFlare")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="6 M parameters, 2 silos, 4 bits")
     options = parser.parse_args()
     size = Size.of(options.parameters, options.silos, options.rounds)
     wires = options.wires.split(",")
+    for wire in wires:
+        if not set(wire.split("/")) <= set(CODECS) or wire.count("/") != 1:
+            parser.error(f"--wires {wire}: expected UP/DOWN, each one of {', '.join(CODECS)}")
     if options.quick:
-        size, wires = Size.of(6e6, silos=2, rounds=2), ["int4"]
+        size, wires = Size.of(6e6, silos=2, rounds=2), ["int4/int8"]
     runs: list[Callable[[], Event]] = [partial(measure, wire, size) for wire in (FEDAVG, LOADED)]
     if options.nvflare:
         name = f"NVFlare FedAvg {nvflare_peer.version(options.nvflare)}"
@@ -224,19 +229,19 @@ def measure(wire: str, size: Size) -> Event:
     """One run of FedAvg, or of this project with a codec, in a federation of its own."""
     with tempfile.TemporaryDirectory(prefix="dept-clock-") as name:
         folder = Path(name)
-        recipe, shapes = write_recipe(folder, size, wire if wire in DOWN else "fp32")
+        recipe, shapes = write_recipe(folder, size, wire if is_ours(wire) else PLAIN)
         threads = str(max(1, cores() // size.silos))  # so that silos do not wait for each other's
         with Federation(folder, secure=False) as federation, ExitStack() as ended:
             link = federation.superlink()
             for i in range(size.silos):
                 name, node = f"node-{i}", f'silo="{silo_file(folder, i)}"'
                 variables = {"OMP_NUM_THREADS": threads}
-                if wire in DOWN:
+                if is_ours(wire):
                     variables = partners_own(federation, name, ended, **variables)
                 federation.supernode(name, node, **variables)
             federation.wait_until_online(size.silos)
             with server_peaks(psutil.Process(link.process.pid), "flwr-serverapp") as memory:
-                if wire in DOWN:
+                if is_ours(wire):
                     rounds = ours(federation, recipe)
                 else:
                     rounds = fedavg(federation, shapes, size, loads=wire == LOADED)
@@ -247,9 +252,14 @@ def measure_nvflare(name: str, python: Path, size: Size) -> Event:
     """One run of NVFlare's FedAvg, with the same arrays."""
     with tempfile.TemporaryDirectory(prefix="dept-clock-") as made:
         folder = Path(made)
-        _, shapes = write_recipe(folder, size, "fp32")
+        _, shapes = write_recipe(folder, size, PLAIN)
         rounds, memory = nvflare_peer.fedavg(python, folder, shapes, size.silos, size.rounds)
         return row(name, size, shapes, [{**each, "step_s": 0.0} for each in rounds], memory)
+
+
+def is_ours(wire: str) -> bool:
+    """Whether a row is of this project with codecs, not of a peer."""
+    return "/" in wire
 
 
 def write_recipe(folder: Path, size: Size, wire: str) -> tuple[Path, Shapes]:
@@ -359,7 +369,7 @@ def table(rows: list[Event]) -> str:
     lines += ["", "| wire | push | silo, but for training | fetch | check | merge | checkpoint |"]
     lines.append("|---|---|---|---|---|---|---|")
     for r in rows:
-        if r["wire"] in DOWN:
+        if is_ours(r["wire"]):
             parts = ("push_s", "silo_s", "fetch_s", "check_s", "outer_s", "save_s")
             lines.append(f"| {r['wire']} | " + " | ".join(f"{r[p]:.1f}" for p in parts) + " |")
     return "\n".join(lines)

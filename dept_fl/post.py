@@ -40,7 +40,7 @@ from dept_fl.records import printable
 _BYTES_OF_AN_OBJECT = 2048  # in the mean at least, but for a thousand small ones
 _BYTES_OF_FACTS = 4 << 20  # of all that is not numbers of arrays; in memory they take 40 times more
 _SENDING_S = 200.0  # without an object: its sender has stopped, Flower allows 180 s between two
-_LOOK_S, _LOOK_AGAIN_S = 0.5, 1.0
+_LOOK_S, _LOOK_AGAIN_S = 0.5, 0.25
 _AT_A_TIME = 2  # objects that a SuperNode sends side by side
 _CHUNK = b"ArrayChunk "
 _LOST = frozenset({3, 4, 5, 8})  # Flower's codes: message gone, node gone, its process died

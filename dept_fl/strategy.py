@@ -35,7 +35,8 @@ _SHORTEST_TASK_S = 1.0
 _LEAST_PATIENCE_S = 30.0
 _ASKED_AT_MOST = 5  # times in one round, where a silo gets lost again and again
 _SAMPLE_CHARACTERS = 2000  # of a silo's text in the ledger
-_LOOK_S, _SIMULATED_LOOK_S = 1.0, 0.1  # to look costs a request for each reply, or nothing
+# To look costs a request for each reply, milliseconds of the SuperLink; in simulation nothing.
+_LOOK_S, _LOOK_S_A_SILO, _SIMULATED_LOOK_S = 1.0, 0.1, 0.1
 
 
 class DeptStrategy(Strategy):
@@ -131,7 +132,7 @@ class DeptStrategy(Strategy):
             self._screen.line(f"making {len(names)} silos ready (tokenizer, token stream) ...")
         else:
             self._screen.line(f"waiting for silos ({self._recipe.min_silos} or more) ...")
-        began, pause = time.monotonic(), self._pause()
+        began, pause = time.monotonic(), self._pause(len(self._recipe.silo_names))
         while not self._enough_silos():
             self._members.look()
             for reply in self._post.replies():
@@ -432,7 +433,9 @@ class DeptStrategy(Strategy):
         back. `enough` says whether the others will do; it gets the seconds for which no silo
         has been at work.
         """
-        task = _Task(kind, round_, set(silos), self._deadline_s(len(silos)), self._pause())
+        task = _Task(
+            kind, round_, set(silos), self._deadline_s(len(silos)), self._pause(len(silos))
+        )
         while task.waiting and time.monotonic() < task.until:
             self._members.look()
             self._ask(grid, task, most=1 if enough(0.0) else _ASKED_AT_MOST)
@@ -614,8 +617,9 @@ class DeptStrategy(Strategy):
             **self._sent[silo],
         }
 
-    def _pause(self) -> _Pause:
-        return _Pause(_SIMULATED_LOOK_S if self._simulated else _LOOK_S)
+    def _pause(self, silos: int) -> _Pause:
+        of_all = _LOOK_S_A_SILO * max(silos, 1)
+        return _Pause(_SIMULATED_LOOK_S if self._simulated else min(_LOOK_S, of_all))
 
     def _deadline_s(self, silos: int) -> float:
         """Seconds until replies are due: simulated silos queue for the machine."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.clock import DOWN, FEDAVG, Size, round_of, row, table
+from benchmarks.clock import FEDAVG, WIRES, Size, is_ours, round_of, row, table
 from benchmarks.nvflare_peer import write_job
 from dept_fl.config import load_recipe
 from dept_fl.model import layout
@@ -18,10 +18,10 @@ from dept_fl.report import Event
 @pytest.mark.parametrize("parameters", [3e6, 6e6, 50e6, 100e6])
 def test_the_body_has_about_the_parameters_asked_for(tmp_path: Path, parameters: float):
     file = tmp_path / "recipe.yaml"
-    for wire, down in DOWN.items():
+    for wire in WIRES.split(","):
         file.write_text(Size.of(parameters, silos=4, rounds=3).recipe(wire))
         recipe = load_recipe(file)
-        assert (recipe.wire.up, recipe.wire.down) == (wire, down)
+        assert f"{recipe.wire.up}/{recipe.wire.down}" == wire
         found = layout(recipe.model, recipe.sequence_tokens).body_parameters()
         assert found == pytest.approx(parameters, rel=0.1)
 
@@ -62,9 +62,17 @@ def test_the_rest_of_a_round_is_told_as_a_share_of_fedavgs():
     parts = dict.fromkeys(("push_s", "silo_s", "fetch_s", "check_s", "outer_s", "save_s"), 1.0)
     rows: list[Event] = [
         {**common, "wire": FEDAVG, "seconds": 80.0, "step_s": 0.0, "rest_s": 80.0},
-        {**common, "wire": "int4", "seconds": 22.0, "step_s": 2.0, "rest_s": 20.0, **parts},
+        {**common, "wire": "int4/int8", "seconds": 22.0, "step_s": 2.0, "rest_s": 20.0, **parts},
     ]
-    assert "| int4 | 22.0 | 2.0 | 0.25 |" in table(rows)
+    assert "| int4/int8 | 22.0 | 2.0 | 0.25 |" in table(rows)
+
+
+def test_rows_of_peers_have_no_codecs():
+    assert [is_ours(wire) for wire in (FEDAVG, "NVFlare FedAvg 2.9.0", "int4/int4")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_the_first_round_is_left_out_and_the_rest_told_by_their_median():
@@ -73,9 +81,11 @@ def test_the_first_round_is_left_out_and_the_rest_told_by_their_median():
         for seconds, step, down in ((90.0, 9.0, 80), (3.0, 2.0, 20), (7.0, 1.0, 20), (4.0, 0.5, 20))
     ]
     size = Size.of(3e6, silos=2, rounds=4)
-    found = row("int4", size, {"a": (2, 3), "b": (5,)}, rounds, {"superlink": 1, "serverapp": 2})
+    found = row(
+        "int4/int8", size, {"a": (2, 3), "b": (5,)}, rounds, {"superlink": 1, "serverapp": 2}
+    )
     assert found == {
-        "wire": "int4",
+        "wire": "int4/int8",
         "silos": 2,
         "parameters": 11,
         "seconds": 4.0,
