@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -73,6 +74,7 @@ from dept_fl.transfer import Target
 from dept_fl.variants import variant
 
 FINAL, BEST = "final", "best"  # folders of the models that a silo keeps
+_PARTS = ("load_s", "settle_s", "evaluate_s", "encode_s", "save_s")  # of a round, beside training
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class _State:
         lost: of its deltas by the codec (error feedback); in bf16, which is exact enough for what
             is less than a rounding step.
         received: body and embeddings as they arrived in that round, kept where the next ones come
-            as a change.
+            as a change; empty where they are lost.
         body: its own, trained, of the fragments that were not synchronised in that round.
     """
 
@@ -173,6 +175,19 @@ class _State:
     received: Tensors = field(default_factory=dict)
     body: Tensors = field(default_factory=dict)
     warning: str = ""
+
+
+class _Seconds(dict[str, float]):
+    """How long the parts of a round took."""
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(_PARTS, 0.0))
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self[part] += time.perf_counter() - began
 
 
 class Silo:
@@ -194,6 +209,7 @@ class Silo:
         self._variant = variant(recipe.variant)
         self.folder = home / "silos" / name
         self._states = self.folder / "state" / experiment
+        self._received = self._states / "received"
 
     # ---- what it owns ------------------------------------------------------------------
 
@@ -301,42 +317,40 @@ class Silo:
 
     def train(self, task: Task) -> Update:
         """One round: evaluate the body that arrives, train, keep the state, return the deltas."""
-        began = time.perf_counter()
-        state = self._state(task.start_round)
-        task = self._whole(task, state)
-        embeddings = self._start_embeddings(task, state)
-        model = self._model(task.body, embeddings)
-        load_s = time.perf_counter() - began
-        state = self._settle_in(model, task, state)
-        settle_s = time.perf_counter() - began - load_s
-        due = self.recipe.evaluates(task.round - 1)
-        arrived = _evaluation_metrics(self._evaluate(model)) if due else {}
-        evaluate_s = time.perf_counter() - began - load_s - settle_s
-        keeping = time.perf_counter()
-        if due:
-            self._keep_if_best(model, task.round - 1, arrived)
-        keep_s = time.perf_counter() - keeping
+        parts = _Seconds()
+        with parts.of("load_s"):
+            state = self._state(task.start_round)
+            task = self._whole(task, state)
+        if self.recipe.wire.sends_changes:
+            with parts.of("save_s"):
+                task = self._kept(task)
+        with parts.of("load_s"):
+            embeddings = self._start_embeddings(task, state)
+            model = self._model(task.body, embeddings)
+        with parts.of("settle_s"):
+            state = self._settle_in(model, task, state)
+        arrived: dict[str, float] = {}
+        if self.recipe.evaluates(task.round - 1):
+            with parts.of("evaluate_s"):
+                arrived = _evaluation_metrics(self._evaluate(model))
+            with parts.of("save_s"):
+                self._keep_if_best(model, task.round - 1, arrived)
         self._go_on_with_own(model, task, state)
         training = self._train(model, task, state)
-        saving = time.perf_counter()
-        body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
-        delta = {name: after[name] - embeddings[name] for name in after}
-        asked = self.layout.synchronised(self.recipe, task.round)
-        # In the model's memory, which has done its work.
-        body_delta = {name: body.pop(name).sub_(task.body[name]) for name in asked}
-        norms = {"body_delta_norm": norm(body_delta), "embedding_delta_norm": norm(delta)}
-        sent, lost = self._as_sent({**body_delta, **self._variant.sent(delta)}, state.lost)
-        encode_s = time.perf_counter() - saving
-        self._save(task, replace(state, body=body, lost=lost), after, training)
-        save_s = time.perf_counter() - saving - encode_s
+        with parts.of("encode_s"):
+            body, after = self.layout.split({n: p.cpu() for n, p in parameters(model).items()})
+            delta = {name: after[name] - embeddings[name] for name in after}
+            asked = self.layout.synchronised(self.recipe, task.round)
+            # In the model's memory, which has done its work.
+            body_delta = {name: body.pop(name).sub_(task.body[name]) for name in asked}
+            norms = {"body_delta_norm": norm(body_delta), "embedding_delta_norm": norm(delta)}
+            sent, lost = self._as_sent({**body_delta, **self._variant.sent(delta)}, state.lost)
+        with parts.of("save_s"):
+            self._save(task, replace(state, body=body, lost=lost), after, training)
         metrics = {
             **arrived,
             **_training_metrics(training),
-            "load_s": load_s,
-            "settle_s": settle_s,
-            "evaluate_s": evaluate_s,
-            "encode_s": encode_s,
-            "save_s": keep_s + save_s,
+            **parts,
             "body_norm": norm(task.body),
             "embedding_norm": norm(embeddings),
             **norms,
@@ -422,7 +436,8 @@ class Silo:
 
     def drop_rounds(self) -> None:
         """Drop the state of all rounds, without which training cannot go on; models stay."""
-        drop_rounds_before(self._states, self.recipe.rounds + 1)
+        for folder in (self._states, self._received):
+            drop_rounds_before(folder, self.recipe.rounds + 1)
 
     # ---- the steps of a round -------------------------------------------------------------
 
@@ -449,7 +464,8 @@ class Silo:
             since = range(older[-1] + 1, round_ + 1)
             sent = {n for r in since for n in self.layout.synchronised(self.recipe, r)}
             lost = {n: found.lost[n] for n in self.layout.body.keys() & found.lost.keys() - sent}
-            return replace(found, lost=lost, warning=found.warning or warning)
+            more = f"; {found.warning}" if found.warning else ""
+            return replace(found, lost=lost, warning=f"{warning}{more}")
 
     def _state_of(self, round_: int) -> _State:
         tensors, meta = load_state(round_folder(self._states, round_))
@@ -460,14 +476,19 @@ class Silo:
                     f"it is {value!r} now; put the old {key} back, or start a new run"
                 )
         moments = under_prefix("optimizer", tensors) if self.recipe.inner.state == "keep" else {}
-        return _State(
+        found = _State(
             position=meta["position"],
             embeddings=under_prefix("embeddings", tensors),
             moments=moments,
             lost=under_prefix("lost", tensors),
-            received=under_prefix("received", tensors),
-            body=under_prefix("body", tensors),
         )
+        if not self.recipe.wire.sends_changes:
+            return found
+        try:
+            received, _ = load_state(round_folder(self._received, round_))
+        except DamagedState as damage:  # its own fragments go with it: what has changed since?
+            return replace(found, warning=str(damage))
+        return replace(found, received=received, body=under_prefix("body", tensors))
 
     def _whole(self, task: Task, state: _State) -> Task:
         """The task with body and embeddings, where it came as a change.
@@ -494,6 +515,19 @@ class Silo:
                 "the server has"
             )
         return replace(task, body=body, embeddings=whole, change=None)
+
+    def _kept(self, task: Task) -> Task:
+        """Keep what arrived for the next change; the task has it from the disk from now on.
+
+        So a silo has the memory of one body less while it trains. If the disk loses it, the
+        server sends all.
+        """
+        folder = round_folder(self._received, task.round)
+        arrived = {**task.body, **task.embeddings}
+        save_state(folder, arrived, {"round": task.round}, durable=False)
+        kept, _ = load_state(folder)
+        body = {name: kept.pop(name) for name in task.body}
+        return replace(task, body=body, embeddings=kept)
 
     def _tags(self, round_: int) -> dict[str, Any]:
         model = json.dumps(self.recipe.model.config, sort_keys=True)
@@ -606,8 +640,6 @@ class Silo:
 
     def _save(self, task: Task, state: _State, embeddings: Tensors, training: Training) -> None:
         tensors = {**with_prefix("lost", state.lost), **with_prefix("body", state.body)}
-        if self.recipe.wire.sends_changes:
-            tensors |= with_prefix("received", {**task.body, **task.embeddings})
         if not self._variant.embeddings_travel:
             tensors |= with_prefix("embeddings", embeddings)
         if self.recipe.inner.state == "keep":
@@ -622,6 +654,7 @@ class Silo:
         if has_older:
             make_durable(before)
         drop_rounds_before(self._states, min(task.keep_from, task.start_round))
+        drop_rounds_before(self._received, task.start_round)
 
     def try_step(self) -> Training:
         """Training of two steps, the first of which pays for warming up; the model is dropped."""

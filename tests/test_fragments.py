@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dept_fl.checkpoint import round_folder
+from dept_fl.checkpoint import remove_whole, round_folder
 from dept_fl.config import Recipe
-from dept_fl.errors import BadUpdate, ConfigError
+from dept_fl.errors import BadUpdate, ConfigError, NeedsWhole
 from dept_fl.model import Layout
 from dept_fl.report import Ledger
 from dept_fl.rounds import last_checkpoint, pretrain
@@ -138,6 +138,20 @@ def test_who_misses_a_round_goes_on_with_what_the_server_has_not_changed(recipe:
     by_part = [{moved(updates["cat"].body[n], 0 * begun[n]) for n in part}
                for part in (first, second, third)]  # fmt: skip
     assert by_part == [{10}, {10}, {5}]
+
+
+@pytest.mark.usefixtures("paced")
+def test_who_lost_what_arrived_trains_from_the_servers_fragments(recipe: Make, home: Path):
+    """bee's own fragment 1 would be a round ahead (6), but of what?"""
+    server, silos = start(recipe(f"{SPEC} only=[ant,bee] rounds=3 wire.fragments=2"), home)
+    train_round(server, silos)
+    bee = silos["bee"]
+    remove_whole(round_folder(bee._received, 1))
+    with pytest.raises(NeedsWhole, match="received/round-00001"):
+        bee.train(server.as_change(server.task("bee")))
+    update = bee.train(server.task("bee"))
+    assert {moved(t, 0 * t) for t in update.body.values()} == {3}
+    assert "received/round-00001" in update.warning
 
 
 def test_what_was_lost_of_a_fragment_waits_for_its_next_turn(recipe: Make, home: Path):

@@ -15,7 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from dept_fl import records
-from dept_fl.checkpoint import load_state, round_folder, save_state
+from dept_fl.checkpoint import load_state, round_folder, rounds_on_disk, save_state
 from dept_fl.config import CODECS, Recipe
 from dept_fl.cost import cost
 from dept_fl.downlink import Downlink
@@ -254,15 +254,14 @@ def test_bytes_are_those_of_the_formula(
 
 
 def spoil_what_bee_received(home: Path) -> Callable[[Message, Message], Message]:
-    """Behind round 1, bee's state is whole, but what arrived is another in it."""
+    """Behind round 1, what bee keeps of what arrived is whole, but another."""
 
     def spoil(message: Message, reply: Message) -> Message:
         task = message.content.config_records["task"]
         if (message.metadata.message_type, task["silo"], task.get("round")) == ("train", "bee", 1):
-            folder = home / "silos" / "bee" / "state" / str(task["experiment"])
+            folder = home / "silos" / "bee" / "state" / str(task["experiment"]) / "received"
             tensors, meta = load_state(round_folder(folder, 1))
-            name = next(n for n in tensors if n.startswith("received/"))
-            tensors[name] = tensors[name] + 1.0
+            tensors = {name: tensor + 1.0 for name, tensor in tensors.items()}
             facts = {k: v for k, v in meta.items() if k not in ("format", "xxh3_128")}
             save_state(round_folder(folder, 1), tensors, facts)
         return reply
@@ -288,22 +287,47 @@ def test_a_silo_that_lost_what_it_had_gets_the_whole_in_the_same_round(
     assert wholes == [1, 2]
 
 
-def test_damage_costs_a_warning_as_it_does_without_changes(
-    recipe: Make, home: Path, tmp_path: Path
-):
-    def flip(message: Message, reply: Message) -> Message:
+def cut_short_behind_round_2(home: Path, folder: str) -> Callable[[Message, Message], Message]:
+    """A file of bee's, in a folder beneath its states, loses its last byte."""
+
+    def cut(message: Message, reply: Message) -> Message:
         task = message.content.config_records["task"]
         if (message.metadata.message_type, task["silo"], task.get("round")) == ("train", "bee", 2):
-            folder = home / "silos" / "bee" / "state" / str(task["experiment"])
-            file = round_folder(folder, 2) / "tensors.safetensors"
+            states = home / "silos" / "bee" / "state" / str(task["experiment"])
+            file = round_folder(states / folder, 2) / "tensors.safetensors"
             file.write_bytes(file.read_bytes()[:-1])
         return reply
 
-    server, _ = run(recipe(f"{SMALL} round_attempts=1"), home, tmp_path, tamper=flip)
+    return cut
+
+
+def test_damage_costs_a_warning_as_it_does_without_changes(
+    recipe: Make, home: Path, tmp_path: Path
+):
+    cut = cut_short_behind_round_2(home, "")
+    server, _ = run(recipe(f"{SMALL} round_attempts=1"), home, tmp_path, tamper=cut)
     assert server.members["bee"].merged == [1, 2, 3, 4]
     told = [e["reason"] for e in Ledger(tmp_path).read() if e["event"] == "warning"]
     assert len(told) == 2  # it gets all, and goes on from the state before
     assert all("going on from its state of round 1" in each for each in told)
+
+
+def test_damage_to_what_arrived_costs_bytes_alone(recipe: Make, home: Path, tmp_path: Path):
+    cut, made = cut_short_behind_round_2(home, "received"), recipe(f"{SMALL} round_attempts=1")
+    server, _ = run(made, home, tmp_path, tamper=cut)
+    assert same(state_of(server, silos_of(server, home)), state_of(*trained(made, home)))
+    told = [e["reason"] for e in Ledger(tmp_path).read() if e["event"] == "warning"]
+    assert len(told) == 2
+    assert all("received/round-00002: tensors.safetensors is damaged" in each for each in told)
+
+
+def test_what_arrived_is_on_disk_for_as_long_as_a_change_may_be_of_it(recipe: Make, home: Path):
+    server, silos = start(recipe(SMALL), home)
+    for _ in range(4):
+        train_round(server, silos)
+    assert rounds_on_disk(silos["ant"]._received) == [3, 4]
+    silos["ant"].drop_rounds()
+    assert rounds_on_disk(silos["ant"]._received) == []
 
 
 def test_a_silo_that_never_has_enough_fails_the_round_as_any_other(
