@@ -1,7 +1,7 @@
 """Seconds, bytes and memory of a round over a real deployment, beside Flower's FedAvg.
 
 python -m benchmarks.clock [--parameters 100e6] [--silos 4] [--rounds 3]
-                           [--wires fp32/fp32,int8/int8,int4/int8,int4/int4]
+                           [--wires fp32/fp32,bf16/bf16,int8/int8,int4/int8,int4/int4]
                            [--nvflare PYTHON]
                            [--json FILE] [--quick]
 

@@ -128,8 +128,7 @@ def plain(
     recipe: Recipe, vocabulary: int, inner: InnerConfig, batches: RandomSequences
 ) -> Callable[[], float]:
     model = build(recipe.model, vocabulary, recipe.sequence_tokens, 0).to(_DEVICE).train()
-    if "mpt" in recipe.model.preset:
-        as_in_transformers(model)
+    as_in_transformers(model)
     adamw = torch.optim.AdamW(model.parameters(), lr=inner.learning_rate, fused=True)
 
     def step(ids: torch.Tensor) -> torch.Tensor:
@@ -142,9 +141,9 @@ def plain(
 
 
 def as_in_transformers(model: torch.nn.Module) -> None:
-    """Take back our attention of MPT."""
+    """Take back what runs fused in ours alone."""
     for module in model.modules():
-        if type(module).__module__ == "dept_fl.mpt":
+        if type(module).__module__ == "dept_fl.fused":
             module.__class__ = type(module).__base__
 
 

@@ -5,7 +5,8 @@ python -m benchmarks.memory [--model gpt2-125m] [--sequences 4] [--length 512] [
 
 Each case is a process of its own that trains two steps. On a CPU the peak is that of the process
 (VmHWM) less what it held before there was a model, on a GPU that of PyTorch's allocator. Whole
-logits are those of a model whose head is not used by itself.
+logits are those of a model whose head is not used by itself. The last row is the case of least
+memory with as many sequences at once as should fit in that of most.
 """
 
 from __future__ import annotations
@@ -63,8 +64,20 @@ def main() -> None:
         for variant, vocabulary in CASES
         for whole in (True, False)
     ]
+    least, most = (by(rows, key=lambda row: row["measured"]) for by in (min, max))
+    asked = {key: least[key] for key in ("model", "variant", "vocabulary", "length", "whole")}
+    rows.append(alone("benchmarks.memory", {**asked, "sequences": fitting(least, most)}))
     print(table(rows))
     keep(options.json, "benchmarks.memory", rows)
+
+
+def fitting(least: Event, most: Event) -> int:
+    """How many sequences of one case should fit in the memory of another.
+
+    Beside weights, gradients and moments a case's memory is taken to grow with its sequences.
+    """
+    free, taken = (row["measured"] - least["formula_parameters"] for row in (most, least))
+    return int(least["sequences"] * free / taken)
 
 
 def measure(case: Event) -> Event:
@@ -89,6 +102,7 @@ def measure(case: Event) -> Event:
         "measured": peak - before,
         "formula": counted.total,
         "formula_logits": counted.logits,
+        "formula_parameters": counted.weights + counted.gradients + counted.optimizer,
     }
 
 
@@ -121,13 +135,15 @@ def held(device: torch.device) -> int:
 
 def table(rows: list[Event]) -> str:
     """Markdown: measured and counted, and what slices of the logits save."""
-    head = ["variant", "vocabulary", "logits", "measured", "formula", "measured / formula"]
+    head = ["variant", "vocabulary", "sequences", "logits"]
+    head += ["measured", "formula", "measured / formula"]
     return markdown(
         head,
         [
             [
                 row["variant"],
                 f"{row['vocabulary']:,}",
+                str(row["sequences"]),
                 "whole" if row["whole"] else "a slice at a time",
                 size(row["measured"]),
                 size(row["formula"]),

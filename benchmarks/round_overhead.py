@@ -100,7 +100,8 @@ def silo_file(
     folder: Path, home: Path, settings: dict[str, Any], name: str, source: dict[str, Any]
 ) -> Path:
     """A partner's file for a silo of the recipe."""
-    own = {key: value for key, value in settings.items() if key in KEYS}  # a partner's to decide
+    decides = set(KEYS) - {"tokenizer"}  # which in a recipe says whether it is shared
+    own = {key: value for key, value in settings.items() if key in decides}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump({**own, **source, "name": name, "home": str(home)}))
     return file

@@ -233,6 +233,13 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
         raise _unreadable(folder, error) from error
 
 
+def mapped(folder: Path) -> Tensors:
+    """The tensors that `save_state` has just written, from the file, without a look for damage."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / _TENSORS)
+
+
 def load_meta(folder: Path) -> dict[str, Any]:
     """The facts that `save_state` wrote, without the tensors."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))

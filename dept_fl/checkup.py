@@ -260,13 +260,12 @@ class Checkup:
             kept += 2 * held
         if wire.up != "fp32" and wire.error_feedback:
             kept += travels // 2  # in bf16
-        if wire.sends_changes:
-            kept += travels  # as it came
+        arrived = 2 * travels if wire.sends_changes else 0  # in this round and in the one before
         kept += body - body // wire.fragments  # of its own
         # To several processes and back go the model and its moments.
         passed = 2 * 3 * held if recipe.processes > 1 else 0
         models = (1 + recipe.keep_best) * held  # the final one, and the best
-        needed = _FP32_BYTES * (_KEPT_STATES * kept + models + passed)
+        needed = _FP32_BYTES * (_KEPT_STATES * kept + arrived + models + passed)
         free = shutil.disk_usage(home).free
         words = f"{size(needed)} for the silo's states, {size(free)} free in {home}"
         facts = {"state_bytes": needed, "free_bytes": free}

@@ -190,16 +190,13 @@ def activation_bytes(layout: Layout, blocks: Blocks, sequence_tokens: int, bf16:
     d to 4d, 4d to d) these are 16 d numbers a block: in 16 bits the 34 h bytes of Korthikanti
     et al. 2022 (Reducing Activation Recomputation in Large Transformer Models, equation 1)
     without the 2 h of dropout's masks. Their attention scores, here one number for each head
-    and position, come on top only where attention keeps them, and three more tensors of the
-    feed-forward layer where its GELU is written out. With bf16 the two sums of a block are
-    fp32, and of the scores there is a copy in either precision.
+    and position, come on top only where attention keeps them. With bf16 the two sums of a block
+    are fp32, and of the scores there is a copy in either precision.
 
     Meant for dense blocks without dropout; those of experts and of state spaces keep more.
     """
     matrices = _matrices(layout)
     numbers = sum(sum(shape[-2:]) for shape in matrices)
-    if blocks.writes_out_gelu:
-        numbers += 3 * blocks.count * max(max(shape) for shape in matrices)
     scores = blocks.count * blocks.heads * sequence_tokens if blocks.keeps_scores else 0
     if not bf16:
         return _FP32_BYTES * (numbers + scores)

@@ -28,8 +28,8 @@ from transformers.utils.logging import disable_progress_bar
 from dept_fl.checkpoint import Tensors
 from dept_fl.config import ModelConfig, Recipe
 from dept_fl.errors import ConfigError
+from dept_fl.fused import FusedMptAttention, fuse
 from dept_fl.loss import plain_head
-from dept_fl.mpt import FusedMptAttention, fuse
 
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Those that transformers has itself. Others it would fetch from the hub, and run.
@@ -111,8 +111,6 @@ class Blocks:
             model's config knows no such thing.
         keeps_scores: attention is computed in steps that keep its [L, L] scores for the
             backward pass; a fused kernel (SDPA) computes them again.
-        writes_out_gelu: GELU is written out in elementary operations, which keep three tensors as
-            wide as the feed-forward layer more than a fused one.
         slices_logits: the loss computes its logits a slice of the tokens at a time.
     """
 
@@ -120,7 +118,6 @@ class Blocks:
     width: int
     heads: int
     keeps_scores: bool
-    writes_out_gelu: bool
     slices_logits: bool
 
 
@@ -144,7 +141,6 @@ def blocks(model: ModelConfig, sequence_tokens: int) -> Blocks:
         width=width,
         heads=heads,
         keeps_scores=config._attn_implementation == "eager" and not fused,
-        writes_out_gelu=getattr(config, "activation_function", "") == "gelu_new",
         slices_logits=head is not None,
     )
 

@@ -25,6 +25,7 @@ from dept_fl.checkpoint import (
     load_meta,
     load_state,
     make_durable,
+    mapped,
     remove_whole,
     round_folder,
     rounds_on_disk,
@@ -163,17 +164,16 @@ class _State:
         position: sequences taken from its stream.
         lost: of its deltas by the codec (error feedback); in bf16, which is exact enough for what
             is less than a rounding step.
-        received: body and embeddings as they arrived in that round, kept where the next ones come
-            as a change; empty where they are lost.
         body: its own, trained, of the fragments that were not synchronised in that round.
+        arrived: by name, the digest of what `body` was trained from.
     """
 
     position: int = 0
     embeddings: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     lost: Tensors = field(default_factory=dict)
-    received: Tensors = field(default_factory=dict)
     body: Tensors = field(default_factory=dict)
+    arrived: Mapping[str, str] = field(default_factory=dict)
     warning: str = ""
 
 
@@ -323,7 +323,7 @@ class Silo:
             task = self._whole(task, state)
         if self.recipe.wire.sends_changes:
             with parts.of("save_s"):
-                task = self._kept(task)
+                task = self._through_disk(task)
         with parts.of("load_s"):
             embeddings = self._start_embeddings(task, state)
             model = self._model(task.body, embeddings)
@@ -436,8 +436,8 @@ class Silo:
 
     def drop_rounds(self) -> None:
         """Drop the state of all rounds, without which training cannot go on; models stay."""
-        for folder in (self._states, self._received):
-            drop_rounds_before(folder, self.recipe.rounds + 1)
+        drop_rounds_before(self._states, self.recipe.rounds + 1)
+        remove_whole(self._received)
 
     # ---- the steps of a round -------------------------------------------------------------
 
@@ -464,8 +464,7 @@ class Silo:
             since = range(older[-1] + 1, round_ + 1)
             sent = {n for r in since for n in self.layout.synchronised(self.recipe, r)}
             lost = {n: found.lost[n] for n in self.layout.body.keys() & found.lost.keys() - sent}
-            more = f"; {found.warning}" if found.warning else ""
-            return replace(found, lost=lost, warning=f"{warning}{more}")
+            return replace(found, lost=lost, warning=found.warning or warning)
 
     def _state_of(self, round_: int) -> _State:
         tensors, meta = load_state(round_folder(self._states, round_))
@@ -476,19 +475,14 @@ class Silo:
                     f"it is {value!r} now; put the old {key} back, or start a new run"
                 )
         moments = under_prefix("optimizer", tensors) if self.recipe.inner.state == "keep" else {}
-        found = _State(
+        return _State(
             position=meta["position"],
             embeddings=under_prefix("embeddings", tensors),
             moments=moments,
             lost=under_prefix("lost", tensors),
+            body=under_prefix("body", tensors),
+            arrived=meta.get("arrived", {}),
         )
-        if not self.recipe.wire.sends_changes:
-            return found
-        try:
-            received, _ = load_state(round_folder(self._received, round_))
-        except DamagedState as damage:  # its own fragments go with it: what has changed since?
-            return replace(found, warning=str(damage))
-        return replace(found, received=received, body=under_prefix("body", tensors))
 
     def _whole(self, task: Task, state: _State) -> Task:
         """The task with body and embeddings, where it came as a change.
@@ -499,35 +493,40 @@ class Silo:
         change = task.change
         if change is None:
             return task
-        changed = {*change.body, *change.embeddings}
-        if state.warning or not state.received.keys() >= {*self.layout.body, *changed}:
-            raise NeedsWhole(
-                state.warning or f"kept nothing that arrived in round {task.round - 1}"
-            )
-        whole = dict(state.received)
+        if state.warning:
+            raise NeedsWhole(state.warning)
+        try:
+            whole, _ = load_state(round_folder(self._received, task.start_round))
+        except DamagedState as damage:
+            raise NeedsWhole(str(damage)) from damage
+        if not whole.keys() >= {*self.layout.body, *change.body, *change.embeddings}:
+            raise NeedsWhole(f"kept not all that arrived in round {task.start_round}")
         for part in (change.body, change.embeddings):
             for name, by in part.items():
-                whole[name] = state.received[name] + by
+                whole[name] = whole[name] + by
         body = {name: whole.pop(name) for name in self.layout.body}
         if digest(body) + digest(whole) != change.digest:
             raise NeedsWhole(
-                f"what arrived in round {task.round - 1}, with what has changed since, is not what "
-                "the server has"
+                f"what arrived in round {task.start_round}, with what has changed since, is not "
+                "what the server has"
             )
         return replace(task, body=body, embeddings=whole, change=None)
 
-    def _kept(self, task: Task) -> Task:
-        """Keep what arrived for the next change; the task has it from the disk from now on.
+    def _through_disk(self, task: Task) -> Task:
+        """Keep what arrived for the next change, and have it from the disk from now on.
 
-        So a silo has the memory of one body less while it trains. If the disk loses it, the
-        server sends all.
+        So what a change was decoded into takes no memory while the silo trains. Only the next
+        round's change builds on it, and where the disk has lost it the server sends all: nobody
+        waits for the disk.
         """
+        for round_ in rounds_on_disk(self._received):
+            if round_ != task.start_round:  # which this task may be sent for once more
+                remove_whole(round_folder(self._received, round_))
         folder = round_folder(self._received, task.round)
-        arrived = {**task.body, **task.embeddings}
-        save_state(folder, arrived, {"round": task.round}, durable=False)
-        kept, _ = load_state(folder)
-        body = {name: kept.pop(name) for name in task.body}
-        return replace(task, body=body, embeddings=kept)
+        save_state(folder, {**task.body, **task.embeddings}, {"round": task.round}, durable=False)
+        tensors = mapped(folder)
+        body = {name: tensors.pop(name) for name in task.body}
+        return replace(task, body=body, embeddings=tensors)
 
     def _tags(self, round_: int) -> dict[str, Any]:
         model = json.dumps(self.recipe.model.config, sort_keys=True)
@@ -564,7 +563,7 @@ class Silo:
         into = dict(cast(nn.Module, model).named_parameters())
         with torch.no_grad():
             for name, tensor in state.body.items():
-                if torch.equal(task.body[name], state.received[name]):
+                if digest({name: task.body[name]}) == state.arrived.get(name):
                     into[name].copy_(tensor)
 
     def _start_embeddings(self, task: Task, state: _State) -> Tensors:
@@ -645,7 +644,9 @@ class Silo:
         if self.recipe.inner.state == "keep":
             tensors |= with_prefix("optimizer", training.optimizer)
         taken = self.recipe.inner.local_steps * self.recipe.inner.batch_size
-        meta = {**self._tags(task.round), "position": state.position + taken}
+        arrived = {name: digest({name: task.body[name]}) for name in state.body}
+        position = state.position + taken
+        meta = {**self._tags(task.round), "position": position, "arrived": arrived}
         before = round_folder(self._states, task.start_round)
         has_older = before.is_dir()
         # If the machine's power fails now, the state before takes this one's place (`_state`): that
@@ -654,7 +655,6 @@ class Silo:
         if has_older:
             make_durable(before)
         drop_rounds_before(self._states, min(task.keep_from, task.start_round))
-        drop_rounds_before(self._received, task.start_round)
 
     def try_step(self) -> Training:
         """Training of two steps, the first of which pays for warming up; the model is dropped."""

@@ -132,7 +132,7 @@ class DeptStrategy(Strategy):
             self._screen.line(f"making {len(names)} silos ready (tokenizer, token stream) ...")
         else:
             self._screen.line(f"waiting for silos ({self._recipe.min_silos} or more) ...")
-        began, pause = time.monotonic(), self._pause(len(self._recipe.silo_names))
+        began, pause = time.monotonic(), self._pause()
         while not self._enough_silos():
             self._members.look()
             for reply in self._post.replies():
@@ -617,9 +617,11 @@ class DeptStrategy(Strategy):
             **self._sent[silo],
         }
 
-    def _pause(self, silos: int) -> _Pause:
-        of_all = _LOOK_S_A_SILO * max(silos, 1)
-        return _Pause(_SIMULATED_LOOK_S if self._simulated else min(_LOOK_S, of_all))
+    def _pause(self, silos: int | None = None) -> _Pause:
+        """Between looks for the replies of so many silos; None: nobody knows of how many."""
+        if self._simulated:
+            return _Pause(_SIMULATED_LOOK_S)
+        return _Pause(_LOOK_S if silos is None else min(_LOOK_S, _LOOK_S_A_SILO * silos))
 
     def _deadline_s(self, silos: int) -> float:
         """Seconds until replies are due: simulated silos queue for the machine."""

@@ -334,7 +334,10 @@ def test_the_states_on_disk_are_counted_as_they_are_written(
     (state,) = own.folder.glob("state/*/round-00001/tensors.safetensors")
     counted = findings(silo, tiny_file)["disk"].facts["state_bytes"]
     final = 4 * (own.layout.body_parameters() + own.layout.embedding_parameters(300))
-    assert counted - final == pytest.approx(3 * state.stat().st_size, rel=0.1)  # its header
+    arrived = [file.stat().st_size for file in own.folder.glob("state/*/received/*/*.safetensors")]
+    assert len(arrived) == recipe.wire.sends_changes
+    expected = 3 * state.stat().st_size + 2 * sum(arrived)
+    assert counted - final == pytest.approx(expected, rel=0.1)  # their headers
 
 
 # ---- the federation ----------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from benchmarks.round_overhead import parts, table
+import pytest
+import yaml
+
+from benchmarks.round_overhead import ROOT, parts, silo_file, table
 from dept_fl.report import Event
+from dept_fl.silo_file import load_silo_file
 
 
 def events(round_: int, scale: float) -> list[Event]:
@@ -35,3 +39,12 @@ def test_the_table_tells_what_is_not_training():
     lines = table({"simulation": parts(events(2, 1.0), 1)}).splitlines()
     assert "| **all but train** | 14.000 | 70.0 % |" in lines
     assert lines[-1] == "| round | 20.000 | 100.0 % |"
+
+
+def test_a_partners_file_takes_nothing_of_the_demo_that_means_another_thing_there(tmp_path: Path):
+    settings = yaml.safe_load((ROOT / "conf/demo.yaml").read_text())
+    name, source = next(iter(settings.pop("silos").items()))
+    assert settings["tokenizer"] == "own"  # in a silo's file: the name of one
+    file = load_silo_file(silo_file(tmp_path, tmp_path / "home", settings, name, source))
+    own = file.alone().silos[name]
+    assert (file.name, own.tokenizer) == (name, "")

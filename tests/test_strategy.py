@@ -197,7 +197,10 @@ def test_killed_and_resumed_equals_unbroken(
     assert evaluated == [(t, s) for t in range(5) for s in ("ant", "bee", "cat")]
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "settings",
+    [*ALL_VARIANTS.values(), "wire.fragments=2", "wire.up=int4 wire.down=int8 wire.fragments=2"],
+)
 def test_killed_before_the_checkpoint_of_a_merged_round_equals_unbroken(
     recipe: Make, home: Path, tmp_path: Path, settings: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,10 +22,11 @@ from dept_fl.checkpoint import load_state, round_folder, rounds_on_disk, save_st
 from dept_fl.config import CODECS, Recipe
 from dept_fl.cost import cost
 from dept_fl.downlink import Downlink
-from dept_fl.errors import BadUpdate
+from dept_fl.errors import BadUpdate, DeptError
 from dept_fl.report import Ledger
 from dept_fl.rounds import last_checkpoint, pretrain
-from dept_fl.silo import Silo
+from dept_fl.silo import Silo, Task
+from dept_fl.train import Training
 from tests.federation import (
     ALL_VARIANTS,
     InProcessGrid,
@@ -316,9 +320,9 @@ def test_damage_to_what_arrived_costs_bytes_alone(recipe: Make, home: Path, tmp_
     cut, made = cut_short_behind_round_2(home, "received"), recipe(f"{SMALL} round_attempts=1")
     server, _ = run(made, home, tmp_path, tamper=cut)
     assert same(state_of(server, silos_of(server, home)), state_of(*trained(made, home)))
-    told = [e["reason"] for e in Ledger(tmp_path).read() if e["event"] == "warning"]
-    assert len(told) == 2
-    assert all("received/round-00002: tensors.safetensors is damaged" in each for each in told)
+    (told,) = (e["reason"] for e in Ledger(tmp_path).read() if e["event"] == "warning")
+    assert "received/round-00002: tensors.safetensors is damaged" in told
+    assert "it gets all" in told
 
 
 def test_what_arrived_is_on_disk_for_as_long_as_a_change_may_be_of_it(recipe: Make, home: Path):
@@ -327,7 +331,63 @@ def test_what_arrived_is_on_disk_for_as_long_as_a_change_may_be_of_it(recipe: Ma
         train_round(server, silos)
     assert rounds_on_disk(silos["ant"]._received) == [3, 4]
     silos["ant"].drop_rounds()
-    assert rounds_on_disk(silos["ant"]._received) == []
+    assert not silos["ant"]._received.exists()
+
+
+def test_rounds_that_fail_do_not_pile_up_what_arrived(
+    recipe: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> Training:
+        raise DeptError("no")
+
+    server, silos = start(recipe(f"{SMALL} rounds=5 quorum=0.5"), home)
+    train_round(server, silos)
+    bee = silos.pop("bee")
+    for failed in (2, 3, 4):
+        with monkeypatch.context() as patched, pytest.raises(DeptError):
+            patched.setattr(Silo, "_train_steps", fail)
+            bee.train(server.task("bee"))
+        train_round(server, silos)
+        assert rounds_on_disk(bee._received) == [1, failed]
+
+
+def test_killed_before_its_state_is_whole_a_silo_does_the_round_again(
+    recipe: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What arrived in round 2 is on disk then; the task comes once more, as a change."""
+    server, silos = start(recipe(SMALL), home)
+    train_round(server, silos)
+    task = server.as_change(server.task("bee"))
+    assert task.change is not None
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Silo, "_save", Mock(side_effect=KeyboardInterrupt))
+        silos["bee"].train(task)
+    assert rounds_on_disk(silos["bee"]._states) == [1]
+    again = silos["bee"].train(task)
+    whole = silos["bee"].train(server.task("bee"))
+    assert same(again.body, whole.body)
+
+
+def test_what_was_decoded_takes_no_memory_in_training(
+    recipe: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    alive: list[weakref.ref[torch.Tensor]] = []
+    through_disk, train_steps = Silo._through_disk, Silo._train_steps
+
+    def watched(self: Silo, task: Task) -> Task:
+        alive.extend(weakref.ref(tensor) for tensor in task.body.values())
+        return through_disk(self, task)
+
+    def trained_without(self: Silo, *given: Any) -> Training:
+        assert alive
+        assert not [each for each in alive if each() is not None]
+        return train_steps(self, *given)
+
+    server, silos = start(recipe(SMALL), home)
+    train_round(server, silos)
+    monkeypatch.setattr(Silo, "_through_disk", watched)
+    monkeypatch.setattr(Silo, "_train_steps", trained_without)
+    silos["bee"].train(server.as_change(server.task("bee")))
 
 
 def test_a_silo_that_never_has_enough_fails_the_round_as_any_other(

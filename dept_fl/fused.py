@@ -1,7 +1,8 @@
-"""MPT's attention by a fused kernel, which keeps no [L, L] scores for the backward pass.
+"""What transformers computes in steps, by a fused kernel that keeps less for the backward pass.
 
-transformers computes it in steps. The modules here have the same parameters and names, so a model
-with them is saved as, and loaded from, any MPT.
+MPT's attention, whose steps keep the [L, L] scores, and the GELU of GPT-2 and its kin, whose steps
+keep three tensors as wide as the feed-forward layer. The modules here have the same parameters and
+names, so a model with them is saved as, and loaded from, any other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.models.mpt.modeling_mpt import (
     MptAttention,
     MptModel,
@@ -19,10 +21,22 @@ from transformers.models.mpt.modeling_mpt import (
 
 
 def fuse(model: nn.Module) -> None:
-    """Let a model's attention, where it is MPT's, run fused."""
-    fused = {MptModel: FusedMptModel, MptAttention: FusedMptAttention}
+    """Let the parts of a model run fused for which there is a class here."""
+    fused = {
+        MptModel: FusedMptModel,
+        MptAttention: FusedMptAttention,
+        NewGELUActivation: FusedGelu,
+        FastGELUActivation: FusedGelu,
+    }
     for module in model.modules():
         module.__class__ = fused.get(type(module), type(module))
+
+
+class FusedGelu(NewGELUActivation):
+    """GELU by tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(input, approximate="tanh")
 
 
 class FusedMptModel(MptModel):

@@ -1,4 +1,4 @@
-"""MPT's fused attention beside that of transformers, from outputs to saved folders."""
+"""What runs fused beside the same of transformers, from outputs to saved folders."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
 
 from dept_fl.config import ModelConfig
+from dept_fl.fused import FusedGelu, FusedMptAttention
 from dept_fl.model import build
-from dept_fl.mpt import FusedMptAttention
 
 LENGTH, VOCABULARY = 24, 50
 MPT = {"model_type": "mpt", "d_model": 24, "n_layers": 2, "n_heads": 3, "expansion_ratio": 2}
@@ -103,3 +104,37 @@ def test_a_saved_model_is_a_plain_mpt(tmp_path: Path):
     with torch.no_grad():
         expected = plain.eval()(input_ids=IDS).logits
         torch.testing.assert_close(loaded.eval()(input_ids=IDS).logits, expected)
+
+
+# ---- GELU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_gelu_and_its_gradient_are_those_of_transformers(name: str):
+    made = []
+    for gelu in (FusedGelu(), ACT2FN[name]):
+        x = torch.linspace(-6, 6, 1001, dtype=torch.float64, requires_grad=True)
+        y = gelu(x)
+        y.sum().backward()
+        made.append((y.detach(), x.grad))
+    torch.testing.assert_close(made[0], made[1], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 2},
+        {"model_type": "gptj", "n_embd": 32, "n_layer": 3, "n_head": 2, "rotary_dim": 8},
+        {
+            "model_type": "gpt_neo",
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_heads": 2,
+            "attention_types": [[["global"], 3]],
+        },
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_the_gelu_of_gpt2_and_its_kin_runs_fused(config: dict[str, Any]):
+    model = build(ModelConfig(config=config), VOCABULARY, LENGTH, seed=1)
+    assert sum(isinstance(module, FusedGelu) for module in model.modules()) == 3
