@@ -71,7 +71,6 @@ MOMENTS = {
     _ANY: ("", 15.0),
     "ClientApp at work": ("", 12.0),
     "silo saves": ("*/home/silos/*/state/*/.*", 0.0),
-    "silo keeps what arrived": ("*/home/silos/*/state/*/received/.*", 0.0),
     "silo answers": ("*/home/silos/*/state/*/round-*", 1.5),
     "update arrives": ("run/spool/*", 1.0),
     "server saves": ("run/checkpoints/.*", 0.0),
@@ -174,8 +173,7 @@ def broken_folders(place: Place) -> list[str]:
     """What stands under a final name, on the server or at a silo, and is not whole."""
     folders = list(place.run_dir.glob("checkpoints/round-*"))
     for silo in place.silos:
-        kept = ("*/round-*", "*/received/round-*", "*/final")
-        folders += [folder for each in kept for folder in place.states(silo).glob(each)]
+        folders += [*place.states(silo).glob("*/round-*"), *place.states(silo).glob("*/final")]
     broken = []
     for folder in folders:
         try:

@@ -165,7 +165,7 @@ class _State:
         lost: of its deltas by the codec (error feedback); in bf16, which is exact enough for what
             is less than a rounding step.
         body: its own, trained, of the fragments that were not synchronised in that round.
-        arrived: by name, the digest of what `body` was trained from.
+        arrived: by name, the digest of what the server had of `body` in that round.
     """
 
     position: int = 0
@@ -320,7 +320,7 @@ class Silo:
         parts = _Seconds()
         with parts.of("load_s"):
             state = self._state(task.start_round)
-            task = self._whole(task, state)
+            task = self._whole(task)
         if self.recipe.wire.sends_changes:
             with parts.of("save_s"):
                 task = self._through_disk(task)
@@ -373,6 +373,7 @@ class Silo:
         self._keep(self.final_folder, task.round - 1, task.body, embeddings, metrics)
         if self._best_before(task.round - 1) >= metrics["bits_per_byte"]:
             remove_whole(self.best_folder)  # the final model is the best
+        remove_whole(self._received)  # no change comes behind the last round
         text = self._sample(model)
         write_whole(self.final_folder / "sample.txt", text)
         return metrics, text, state.warning
@@ -484,7 +485,7 @@ class Silo:
             arrived=meta.get("arrived", {}),
         )
 
-    def _whole(self, task: Task, state: _State) -> Task:
+    def _whole(self, task: Task) -> Task:
         """The task with body and embeddings, where it came as a change.
 
         Raises:
@@ -493,8 +494,6 @@ class Silo:
         change = task.change
         if change is None:
             return task
-        if state.warning:
-            raise NeedsWhole(state.warning)
         try:
             whole, _ = load_state(round_folder(self._received, task.start_round))
         except DamagedState as damage:

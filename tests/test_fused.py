@@ -124,6 +124,13 @@ def test_gelu_and_its_gradient_are_those_of_transformers(name: str):
     "config",
     [
         {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 2},
+        {
+            "model_type": "gpt2",
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 2,
+            "activation_function": "gelu_fast",
+        },
         {"model_type": "gptj", "n_embd": 32, "n_layer": 3, "n_head": 2, "rotary_dim": 8},
         {
             "model_type": "gpt_neo",
@@ -133,7 +140,7 @@ def test_gelu_and_its_gradient_are_those_of_transformers(name: str):
             "attention_types": [[["global"], 3]],
         },
     ],
-    ids=lambda config: config["model_type"],
+    ids=["gpt2", "gelu_fast", "gptj", "gpt_neo"],
 )
 def test_the_gelu_of_gpt2_and_its_kin_runs_fused(config: dict[str, Any]):
     model = build(ModelConfig(config=config), VOCABULARY, LENGTH, seed=1)
