@@ -221,20 +221,18 @@ def load_state(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     Raises:
         DamagedState: the folder is missing or damaged. DeptError: it is of another format.
     """
-    from safetensors.torch import load_file
-
     try:
         meta = load_meta(folder)
         found = _checksum(folder / _TENSORS, meta["format"])
         if not found.items() <= meta.items():
             raise DamagedState(f"{folder}: {_TENSORS} is damaged (its checksum differs)")
-        return load_file(folder / _TENSORS), meta
+        return mapped(folder), meta
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
 
 
 def mapped(folder: Path) -> Tensors:
-    """The tensors that `save_state` has just written, from the file, without a look for damage."""
+    """The tensors that `save_state` wrote, from the file, without a look for damage."""
     from safetensors.torch import load_file
 
     return load_file(folder / _TENSORS)
